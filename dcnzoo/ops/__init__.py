@@ -1,0 +1,7 @@
+"""Operators as functions: tensors in, tensors out."""
+
+from . import reference
+from ._dcnv4 import dcnv4
+from ._library import available_backends, missing, use_backend
+
+__all__ = ['available_backends', 'dcnv4', 'missing', 'reference', 'use_backend']

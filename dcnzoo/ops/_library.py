@@ -1,0 +1,139 @@
+"""The operators' schemas, the libraries that implement them, and the choice between backends.
+
+Schemas are defined here, once, so that the operators exist without a compiler. Behind one operator name the dispatcher
+finds the compiled kernel of the tensor's device where its library was built, else Triton's on a GPU, else the reference.
+`use_backend` overrides that choice for the public functions.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+
+BACKENDS = ('native', 'triton', 'reference')
+
+_GEOMETRY = (
+    'int groups, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w, '
+    'int dilation_h, int dilation_w, float offset_scale, bool remove_center, bool softmax'
+)
+_SCHEMAS = {
+    'dcnv4': f'(Tensor value, Tensor offset_mask, {_GEOMETRY}) -> Tensor',
+    'dcnv4_backward': (
+        f'(Tensor grad_output, Tensor value, Tensor offset_mask, {_GEOMETRY}, bool deterministic) -> (Tensor, Tensor)'
+    ),
+}
+
+library = torch.library.Library('dcnzoo', 'DEF')
+for _name, _schema in _SCHEMAS.items():
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+_REINSTALL = 'pip install --no-build-isolation --no-deps --force-reinstall dcnzoo'
+
+
+@functools.cache
+def _load_native(device: str) -> str | None:
+    """Loads the compiled library for a device type; returns None, or why there is none."""
+    if device not in ('cpu', 'cuda'):
+        return f'there are no compiled operators for {device} devices'
+    name = f'dcnzoo._{device}'
+    if importlib.util.find_spec(name) is None:
+        if device == 'cpu':
+            return f'the CPU library was not built; with a C++ compiler installed, run `{_REINSTALL}`'
+        return f'the CUDA library was not built; with nvcc and a CUDA build of torch installed, run `{_REINSTALL}`'
+    try:
+        importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        return f'the {device.upper()} library does not load: {error}; rebuild it with `{_REINSTALL}`'
+    return None
+
+
+def _triton_missing(device: str) -> str | None:
+    """None where the Triton kernels can run on a device type, else why they cannot."""
+    return 'dcnzoo has no Triton kernels yet'
+
+
+def missing(backend: str, device: str = 'cpu') -> str | None:
+    """Why a backend cannot serve a device type, or None where it can.
+
+    Args:
+        backend: 'native', 'triton' or 'reference'.
+        device: A device type, 'cpu' or 'cuda' for instance.
+
+    Raises:
+        ValueError: There is no backend of that name.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f'backend must be one of {", ".join(map(repr, BACKENDS))}, got {backend!r}')
+    if backend == 'native':
+        return _load_native(device)
+    if backend == 'triton':
+        return _triton_missing(device)
+    return None
+
+
+def available_backends(device: str | torch.device = 'cpu') -> list[str]:
+    """Lists the backends that can serve a device, in the order in which they are chosen.
+
+    Args:
+        device: A device or its type, 'cpu', 'cuda' or 'cuda:1' for instance.
+
+    Returns:
+        Names out of 'native', 'triton' and 'reference'.
+    """
+    kind = torch.device(device).type
+    return [backend for backend in BACKENDS if missing(backend, kind) is None]
+
+
+_override: ContextVar[str | None] = ContextVar('dcnzoo_backend', default=None)
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Makes the operators run on one backend within a `with` block, in this thread.
+
+    A call on a device that the backend cannot serve raises a RuntimeError with the reason. TorchScript code and graphs
+    compiled before are not affected.
+
+    Args:
+        backend: 'native', 'triton' or 'reference'.
+
+    Raises:
+        ValueError: There is no backend of that name.
+    """
+    missing(backend)
+    token = _override.set(backend)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def chosen_backend(device: torch.device) -> str | None:
+    """The backend asked for with `use_backend`, checked against the device, or None where the dispatcher chooses."""
+    backend = _override.get()
+    if backend is not None and device.type != 'meta':
+        reason = missing(backend, device.type)
+        if reason is not None:
+            raise RuntimeError(f'the {backend!r} backend is not available on {device.type}: {reason}')
+    return backend
+
+
+def exporting() -> bool:
+    """Whether a graph is recorded for another runtime, which knows standard operators only."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+
+
+@functools.cache
+def warn_slow(device: str) -> None:
+    """Says once per device type that the reference serves for want of a faster backend."""
+    reasons = '; '.join(missing(backend, device) or '' for backend in BACKENDS[:-1])
+    warnings.warn(f'dcnzoo runs on its slow reference backend on {device}: {reasons}', RuntimeWarning, stacklevel=2)
+
+
+for _device in ('cpu', 'cuda'):
+    _load_native(_device)

@@ -1,0 +1,117 @@
+"""Builds the native libraries; everything else is in pyproject.toml.
+
+Two libraries on the libtorch stable ABI, one for CPU and one for CUDA, each chosen by an environment variable:
+
+    DCNZOO_CPU=auto|0|1    auto skips the CPU library only where there is no C++ compiler; 1 fails there, 0 never builds
+    DCNZOO_CUDA=auto|0|1   auto builds where nvcc and a CUDA build of torch are found (no GPU is needed); 1 fails there
+
+A compiler that is there but fails is always an error: an installation is never slower than it says.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parent
+TORCH_TARGET = '0x020a000000000000'  # the oldest torch (2.10) whose libtorch the libraries run on
+MACROS = [('TORCH_TARGET_VERSION', TORCH_TARGET), ('Py_LIMITED_API', '0x030a0000')]
+MSVC = os.name == 'nt'
+
+
+def wish(name: str) -> str:
+    value = os.environ.get(name, 'auto')
+    if value not in ('auto', '0', '1'):
+        sys.exit(f'{name} must be auto, 0 or 1, got {value!r}')
+    return value
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / 'csrc').glob(pattern))
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler torch's BuildExtension will call, or None; one named by CXX counts even when it is broken."""
+    named = os.environ.get('CXX')
+    if named:
+        return named
+    return shutil.which('cl' if MSVC else 'c++') or shutil.which('g++') or shutil.which('clang++')
+
+
+def check_compiler(compiler: str) -> None:
+    try:
+        subprocess.run(
+            [*shlex.split(compiler), '/?' if MSVC else '--version'], check=True, capture_output=True, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(
+            f'dcnzoo: the C++ compiler {compiler!r} does not work ({error}). Repair it or name another one in CXX; '
+            f'DCNZOO_CPU=0 installs without the native CPU operators.'
+        )
+
+
+def cpu_extension() -> list:
+    choice = wish('DCNZOO_CPU')
+    if choice == '0':
+        return []
+    compiler = find_compiler()
+    if compiler is None:
+        if choice == '1':
+            sys.exit('dcnzoo: DCNZOO_CPU=1 asks for the native CPU operators, but no C++ compiler was found')
+        print('dcnzoo: no C++ compiler was found, installing without the native CPU operators', file=sys.stderr)
+        return []
+    check_compiler(compiler)
+    return [
+        cpp_extension.CppExtension(
+            'dcnzoo._cpu',
+            sources('ops.cpp', 'cpu/*.cpp'),
+            define_macros=MACROS,
+            extra_compile_args={'cxx': ['/O2'] if MSVC else ['-O3', '-fvisibility=hidden', '-Wall']},
+            py_limited_api=True,
+        )
+    ]
+
+
+def cuda_extension() -> list:
+    choice = wish('DCNZOO_CUDA')
+    if choice == '0':
+        return []
+    files = sources('cuda/*.cu')
+    missing = None
+    if not files:
+        missing = 'this source tree has no CUDA sources'
+    elif torch.version.cuda is None:
+        missing = f'torch {torch.__version__} is a build without CUDA'
+    elif cpp_extension.CUDA_HOME is None or not (Path(cpp_extension.CUDA_HOME) / 'bin' / 'nvcc').exists():
+        missing = 'nvcc was not found (set CUDA_HOME)'
+    elif find_compiler() is None:
+        missing = 'no C++ compiler was found'
+    if missing:
+        if choice == '1':
+            sys.exit(f'dcnzoo: DCNZOO_CUDA=1 asks for the CUDA operators, but {missing}')
+        print(f'dcnzoo: installing without the CUDA operators: {missing}', file=sys.stderr)
+        return []
+    if not torch.cuda.is_available():
+        os.environ.setdefault('TORCH_CUDA_ARCH_LIST', '8.0;9.0+PTX')
+    return [
+        cpp_extension.CUDAExtension(
+            'dcnzoo._cuda',
+            ['csrc/ops.cpp', *files],
+            define_macros=[*MACROS, ('USE_CUDA', None), ('DCNZOO_CUDA', None)],
+            extra_compile_args={'cxx': ['-O3'], 'nvcc': ['-O3', '--threads=2', '-Xptxas=-v']},
+            py_limited_api=True,
+        )
+    ]
+
+
+setup(
+    ext_modules=[*cpu_extension(), *cuda_extension()],
+    cmdclass={'build_ext': cpp_extension.BuildExtension},
+    options={'bdist_wheel': {'py_limited_api': 'cp310'}},
+)
