@@ -185,24 +185,72 @@ def _reference_forward(value, offset_mask, *geometry):
 
 
 def _reference_backward(grad_output, value, offset_mask, *geometry_deterministic):
-    *geometry, _ = geometry_deterministic
-    with torch.enable_grad():
-        inputs = value.detach().requires_grad_(), offset_mask.detach().requires_grad_()
-        output = reference.dcnv4(*inputs, *geometry)
-    grads = torch.autograd.grad(output, inputs, grad_output)
-    return tuple(grad.contiguous() for grad in grads)
+    return reference.dcnv4_backward(grad_output, value, offset_mask, *geometry_deterministic[:-1])
 
 
-library.impl('dcnv4', _reference_forward, 'CompositeExplicitAutograd')
-library.impl('dcnv4_backward', _reference_backward, 'CompositeExplicitAutograd')
-
-
-@torch.library.register_fake('dcnzoo::dcnv4', lib=library)
-def _(value, offset_mask, *geometry):
+def _fake_forward(value, offset_mask, *geometry):
     n, out_h, out_w, _ = offset_mask.shape
     return value.new_empty((n, out_h, out_w, value.shape[3]))
 
 
-@torch.library.register_fake('dcnzoo::dcnv4_backward', lib=library)
-def _(grad_output, value, offset_mask, *geometry_deterministic):
+def _fake_backward(grad_output, value, offset_mask, *geometry_deterministic):
     return value.new_empty(value.shape), offset_mask.new_empty(offset_mask.shape)
+
+
+def _save_forward(ctx, inputs, output):
+    value, offset_mask, *ctx.geometry = inputs
+    ctx.save_for_backward(value, offset_mask)
+
+
+def _backward(ctx, grad_output):
+    grads = torch.ops.dcnzoo.dcnv4_backward(
+        grad_output, *ctx.saved_tensors, *ctx.geometry, torch.are_deterministic_algorithms_enabled()
+    )
+    return *grads, *(None for _ in ctx.geometry)
+
+
+def _save_backward(ctx, inputs, output):
+    *tensors, ctx.geometry = *inputs[:3], inputs[3:-1]
+    ctx.save_for_backward(*tensors)
+
+
+def _double_backward(ctx, grad_of_value, grad_of_offset_mask):
+    """Second derivatives are rare enough to be left to the reference."""
+    with torch.enable_grad():
+        inputs = tuple(tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
+        grad_output, *operands = inputs
+        output = reference.dcnv4(*operands, *ctx.geometry)
+        first = torch.autograd.grad(output, operands, grad_output, create_graph=True)
+    second = torch.autograd.grad(first, inputs, (grad_of_value, grad_of_offset_mask), allow_unused=True)
+    return *second, *(None for _ in ctx.geometry), None
+
+
+def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """Moves a vmapped dimension, or adds one for an operand that has none, and folds it into the batch."""
+    batched = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return batched.flatten(0, 1)
+
+
+def _vmap(op, tensors: int):
+    def rule(info, in_dims, *arguments):
+        folded = [_fold(*pair, info.batch_size) for pair in zip(arguments[:tensors], in_dims[:tensors], strict=True)]
+        result = op(*folded, *arguments[tensors:])
+        if isinstance(result, Tensor):
+            return result.unflatten(0, (info.batch_size, -1)), 0
+        return tuple(part.unflatten(0, (info.batch_size, -1)) for part in result), (0, 0)
+
+    return rule
+
+
+library.impl('dcnv4', _reference_forward, 'CompositeExplicitAutograd')
+library.impl('dcnv4_backward', _reference_backward, 'CompositeExplicitAutograd')
+torch.library.register_fake('dcnzoo::dcnv4', _fake_forward, lib=library)
+torch.library.register_fake('dcnzoo::dcnv4_backward', _fake_backward, lib=library)
+torch.library.register_autograd('dcnzoo::dcnv4', _backward, setup_context=_save_forward, lib=library)
+torch.library.register_autograd('dcnzoo::dcnv4_backward', _double_backward, setup_context=_save_backward, lib=library)
+torch.library.register_vmap('dcnzoo::dcnv4', _vmap(torch.ops.dcnzoo.dcnv4.default, 2), lib=library)
+torch.library.register_vmap('dcnzoo::dcnv4_backward', _vmap(torch.ops.dcnzoo.dcnv4_backward.default, 3), lib=library)
+# Autocast leaves the operands as they come: the kernels compute in float32 for half types anyway.
+for _key in ('AutocastCPU', 'AutocastCUDA', 'AutocastXPU', 'AutocastMPS'):
+    for _name in ('dcnv4', 'dcnv4_backward'):
+        library.impl(_name, torch.library.fallthrough_kernel, _key)

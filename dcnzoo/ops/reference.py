@@ -29,56 +29,149 @@ def dcnv4(
     See `dcnzoo.ops.dcnv4` for the meaning of the arguments; here they are taken as checked. Half types are computed in
     float32.
     """
-    n, height, width, channels = value.shape
-    _, out_h, out_w, _ = offset_mask.shape
-    points = kernel_h * kernel_w - int(remove_center)
-    dtype = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
-    device = value.device
-
-    packed = offset_mask[..., : 3 * groups * points].to(dtype).reshape(n, out_h, out_w, groups, 3 * points)
-    offset = packed[..., : 2 * points].reshape(n, out_h, out_w, groups, points, 2)
-    mask = packed[..., 2 * points :]
+    dtype = _arithmetic(value.dtype)
+    x, y, mask = _points(
+        offset_mask.to(dtype), groups, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+        offset_scale, remove_center,
+    )  # fmt: skip
     if softmax:
         mask = mask.softmax(-1)
+    inside, x, y, mask = _keep_inside(x, y, mask, value.shape[1], value.shape[2])
+    maps = _split_groups(value.to(dtype), groups)
+    out = torch.zeros((), dtype=dtype, device=value.device)
+    for index, seen, weight_x, weight_y, _, _ in _corners(inside, x, y, value.shape[1], value.shape[2]):
+        corner = _gather(maps, index, seen)
+        out = out + (corner * (weight_x * weight_y * mask).unsqueeze(-1)).sum(-2)
+    return out.flatten(3).to(value.dtype)
 
-    # Grid positions in pixels, points x-outermost; the scale acts around the window's centre.
-    center_x = (dilation_w * (kernel_w - 1)) >> 1
-    center_y = (dilation_h * (kernel_h - 1)) >> 1
+
+def dcnv4_backward(
+    grad_output: Tensor,
+    value: Tensor,
+    offset_mask: Tensor,
+    groups: int,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    offset_scale: float,
+    remove_center: bool,
+    softmax: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `dcnv4`, written out because a kernel below autograd cannot call autograd.
+
+    The dot product of the output's gradient with each corner gives the gradients of mask and offsets as scalar
+    combinations; the value map's gradient is scattered back through the same corners.
+    """
+    dtype = _arithmetic(value.dtype)
+    n, height, width, channels = value.shape
+    x, y, raw_mask = _points(
+        offset_mask.to(dtype), groups, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+        offset_scale, remove_center,
+    )  # fmt: skip
+    normalised = raw_mask.softmax(-1) if softmax else raw_mask
+    inside, x, y, mask = _keep_inside(x, y, normalised, height, width)
+    maps = _split_groups(value.to(dtype), groups)
+    grad = _split_channels(grad_output.to(dtype), groups).unsqueeze(-2)
+
+    grad_maps = torch.zeros_like(maps)
+    grad_x, grad_y, grad_mask = torch.zeros_like(x), torch.zeros_like(y), torch.zeros_like(mask)
+    for index, seen, weight_x, weight_y, slope_x, slope_y in _corners(inside, x, y, height, width):
+        dot = (grad * _gather(maps, index, seen)).sum(-1)
+        grad_x = grad_x + dot * slope_x * weight_y * mask
+        grad_y = grad_y + dot * weight_x * slope_y * mask
+        grad_mask = grad_mask + dot * weight_x * weight_y
+        share = torch.where(seen.unsqueeze(-1), grad * (weight_x * weight_y * mask).unsqueeze(-1), 0)
+        grad_maps = grad_maps.scatter_add(2, *_flatten_points(index, share))
+
+    if softmax:
+        grad_mask = normalised * (grad_mask - (normalised * grad_mask).sum(-1, keepdim=True))
+    grad_offset = torch.stack((grad_x, grad_y), -1) * offset_scale
+    packed = torch.cat((grad_offset.flatten(4), grad_mask), -1).flatten(3)
+    grad_offset_mask = torch.nn.functional.pad(packed, (0, offset_mask.shape[3] - packed.shape[3]))
+    grad_value = grad_maps.transpose(1, 2).reshape(n, height, width, channels)
+    return grad_value.to(value.dtype), grad_offset_mask.to(offset_mask.dtype).contiguous()
+
+
+def _arithmetic(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _points(
+    offset_mask, groups, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, offset_scale,
+    remove_center,
+):  # fmt: skip
+    """Coordinates x, y in pixels and modulation of every sampling point, each (N, Ho, Wo, groups, K)."""
+    n, out_h, out_w, _ = offset_mask.shape
+    dtype, device = offset_mask.dtype, offset_mask.device
     taps = [
         (i, j)
         for i in range(kernel_w)
         for j in range(kernel_h)
         if not (remove_center and i == kernel_w // 2 and j == kernel_h // 2)
     ]
+    packed = offset_mask[..., : 3 * groups * len(taps)].reshape(n, out_h, out_w, groups, 3 * len(taps))
+    offset = packed[..., : 2 * len(taps)].unflatten(-1, (len(taps), 2))
+
+    # The scale acts around the window's centre, on the grid as well as on the offsets.
+    center_x = (dilation_w * (kernel_w - 1)) >> 1
+    center_y = (dilation_h * (kernel_h - 1)) >> 1
     tap_x = torch.tensor([i * dilation_w for i, _ in taps], dtype=dtype, device=device)
     tap_y = torch.tensor([j * dilation_h for _, j in taps], dtype=dtype, device=device)
     window_x = torch.arange(out_w, dtype=dtype, device=device) * stride_w + (center_x - pad_w - center_x * offset_scale)
     window_y = torch.arange(out_h, dtype=dtype, device=device) * stride_h + (center_y - pad_h - center_y * offset_scale)
     x = window_x.view(1, 1, out_w, 1, 1) + (tap_x + offset[..., 0]) * offset_scale
     y = window_y.view(1, out_h, 1, 1, 1) + (tap_y + offset[..., 1]) * offset_scale
+    return x, y, packed[..., 2 * len(taps) :]
 
-    # A point outside the open rectangle (-1, width) x (-1, height), or not finite, counts as nothing: its coordinates
-    # and its mask are replaced before they meet any arithmetic, so that no NaN reaches a value or a gradient.
+
+def _keep_inside(x, y, mask, height, width):
+    """Drops points outside (-1, width) x (-1, height) or not finite, before a NaN of theirs meets any arithmetic."""
     inside = (x > -1) & (x < width) & (y > -1) & (y < height)
-    x = torch.where(inside, x, 0)
-    y = torch.where(inside, y, 0)
-    mask = torch.where(inside, mask, 0)
+    return inside, torch.where(inside, x, 0), torch.where(inside, y, 0), torch.where(inside, mask, 0)
 
+
+def _corners(inside, x, y, height, width):
+    """Yields each bilinear corner: its pixel, whether it is on the map, its weights along x and y, and their slopes."""
     x0, y0 = x.detach().floor(), y.detach().floor()
     fraction_x, fraction_y = x - x0, y - y0
     x0, y0 = x0.long(), y0.long()
-    flat = value.to(dtype).reshape(n, height * width, groups, channels // groups).transpose(1, 2)
-
-    out = 0
-    for right in (0, 1):
-        for below in (0, 1):
+    for below in (0, 1):
+        for right in (0, 1):
             column, row = x0 + right, y0 + below
             seen = inside & (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            index = torch.where(seen, row * width + column, 0)
-            weight = (fraction_x if right else 1 - fraction_x) * (fraction_y if below else 1 - fraction_y) * mask
-            index = index.permute(0, 3, 1, 2, 4).reshape(n, groups, out_h * out_w * points, 1)
-            corner = flat.gather(2, index.expand(-1, -1, -1, channels // groups))
-            corner = corner.reshape(n, groups, out_h, out_w, points, channels // groups).permute(0, 2, 3, 1, 4, 5)
-            corner = torch.where(seen.unsqueeze(-1), corner, 0)
-            out = out + (corner * weight.unsqueeze(-1)).sum(-2)
-    return out.reshape(n, out_h, out_w, channels).to(value.dtype)
+            yield (
+                torch.where(seen, row * width + column, 0),
+                seen,
+                fraction_x if right else 1 - fraction_x,
+                fraction_y if below else 1 - fraction_y,
+                1 if right else -1,
+                1 if below else -1,
+            )
+
+
+def _split_channels(tensor: Tensor, groups: int) -> Tensor:
+    return tensor.unflatten(3, (groups, tensor.shape[3] // groups))
+
+
+def _split_groups(value: Tensor, groups: int) -> Tensor:
+    """(N, H, W, C) -> (N, groups, H * W, D)."""
+    return _split_channels(value, groups).flatten(1, 2).transpose(1, 2)
+
+
+def _flatten_points(index: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, Ho, Wo, groups, K) and (..., D) -> two of (N, groups, Ho * Wo * K, D)."""
+    index = index.permute(0, 3, 1, 2, 4).flatten(2).unsqueeze(-1).expand(-1, -1, -1, share.shape[-1])
+    return index, share.permute(0, 3, 1, 2, 4, 5).flatten(2, 4)
+
+
+def _gather(maps: Tensor, index: Tensor, seen: Tensor) -> Tensor:
+    """Channels of the pixels in index, (N, Ho, Wo, groups, K, D), zero where they are not seen."""
+    n, out_h, out_w, groups, points = index.shape
+    index = index.permute(0, 3, 1, 2, 4).flatten(2).unsqueeze(-1).expand(-1, -1, -1, maps.shape[-1])
+    corner = maps.gather(2, index).unflatten(2, (out_h, out_w, points)).permute(0, 2, 3, 1, 4, 5)
+    return torch.where(seen.unsqueeze(-1), corner, 0)
