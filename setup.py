@@ -47,7 +47,10 @@ def find_compiler() -> str | None:
 def check_compiler(compiler: str) -> None:
     try:
         subprocess.run(
-            [*shlex.split(compiler), '/?' if MSVC else '--version'], check=True, capture_output=True, stdin=subprocess.DEVNULL
+            [*shlex.split(compiler), '/?' if MSVC else '--version'],
+            check=True,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.CalledProcessError) as error:
         sys.exit(

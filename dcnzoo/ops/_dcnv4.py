@@ -6,7 +6,7 @@ from torch._jit_internal import BroadcastingList2
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import reference
-from ._library import chosen_backend, exporting, library, warn_slow
+from ._library import chosen_backend, exporting, library, missing, operator, warn_slow
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -34,9 +34,9 @@ def dcnv4(
     Args:
         value: Value map, (N, H, W, C), float64, float32, float16 or bfloat16. Any strides; fastest where the channels
             are contiguous.
-        offset_mask: Offsets in pixels and modulation scalars, (N, Ho, Wo, P) with P >= 3 * groups * K, in value's dtype,
-            or float32 beside a half value. Per group: K pairs (dx, dy), points in x-outermost order, then K scalars.
-            What lies behind the last group is ignored.
+        offset_mask: Offsets in pixels and modulation scalars, (N, Ho, Wo, P) with P >= 3 * groups * K, in value's
+            dtype, or float32 beside a half value. Per group: K pairs (dx, dy), points in x-outermost order, then K
+            scalars. What lies behind the last group is ignored.
         groups: Number of groups of C / groups channels that share offsets.
         kernel_size: Points of the kernel's grid.
         stride: Step of the output grid in pixels of the value map.
@@ -101,9 +101,10 @@ def _dcnv4(value, offset_mask, groups, kernel_size, stride, padding, dilation, o
     )
     _check(value, offset_mask, groups, geometry, offset_scale, remove_center, softmax)
     arguments = (value, offset_mask, groups, *geometry, float(offset_scale), bool(remove_center), bool(softmax))
-    if chosen_backend(value.device) == 'reference' or exporting():
+    backend = chosen_backend(value.device)
+    if backend == 'reference' or exporting():
         return reference.dcnv4(*arguments)
-    return torch.ops.dcnzoo.dcnv4(*arguments)
+    return operator('dcnv4', backend)(*arguments)
 
 
 def output_size(size: int, kernel: int, stride: int, pad: int, dilation: int) -> int:
@@ -174,8 +175,8 @@ def _check(value, offset_mask, groups, geometry, offset_scale, remove_center, so
     points = kernel_h * kernel_w - int(remove_center)
     if offset_mask.shape[3] < 3 * groups * points:
         raise ValueError(
-            f'offset_mask needs at least 3 * groups * points = 3 * {groups} * {points} = {3 * groups * points} channels, '
-            f'got {offset_mask.shape[3]}'
+            f'offset_mask needs at least 3 * groups * points = 3 * {groups} * {points} = {3 * groups * points} '
+            f'channels, got {offset_mask.shape[3]}'
         )
 
 
@@ -186,6 +187,18 @@ def _reference_forward(value, offset_mask, *geometry):
 
 def _reference_backward(grad_output, value, offset_mask, *geometry_deterministic):
     return reference.dcnv4_backward(grad_output, value, offset_mask, *geometry_deterministic[:-1])
+
+
+def _triton_forward(*arguments):
+    from . import _triton  # imports the compiler, so only at first use
+
+    return _triton.dcnv4(*arguments)
+
+
+def _triton_backward(*arguments):
+    from . import _triton
+
+    return _triton.dcnv4_backward(*arguments)
 
 
 def _fake_forward(value, offset_mask, *geometry):
@@ -200,13 +213,6 @@ def _fake_backward(grad_output, value, offset_mask, *geometry_deterministic):
 def _save_forward(ctx, inputs, output):
     value, offset_mask, *ctx.geometry = inputs
     ctx.save_for_backward(value, offset_mask)
-
-
-def _backward(ctx, grad_output):
-    grads = torch.ops.dcnzoo.dcnv4_backward(
-        grad_output, *ctx.saved_tensors, *ctx.geometry, torch.are_deterministic_algorithms_enabled()
-    )
-    return *grads, *(None for _ in ctx.geometry)
 
 
 def _save_backward(ctx, inputs, output):
@@ -231,7 +237,7 @@ def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     return batched.flatten(0, 1)
 
 
-def _vmap(op, tensors: int):
+def _vmap_rule(op: torch._ops.OpOverload, tensors: int):
     def rule(info, in_dims, *arguments):
         folded = [_fold(*pair, info.batch_size) for pair in zip(arguments[:tensors], in_dims[:tensors], strict=True)]
         result = op(*folded, *arguments[tensors:])
@@ -242,15 +248,34 @@ def _vmap(op, tensors: int):
     return rule
 
 
+def _register(backend: str | None) -> None:
+    """Gives an operator and its backward everything but a kernel: fake, autograd, vmap, autocast."""
+    forward_op, backward_op = operator('dcnv4', backend), operator('dcnv4_backward', backend)
+
+    def backward(ctx, grad_output):
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.geometry, deterministic)
+        return *grads, *(None for _ in ctx.geometry)
+
+    torch.library.register_fake(forward_op, _fake_forward, lib=library)
+    torch.library.register_fake(backward_op, _fake_backward, lib=library)
+    torch.library.register_autograd(forward_op, backward, setup_context=_save_forward, lib=library)
+    torch.library.register_autograd(backward_op, _double_backward, setup_context=_save_backward, lib=library)
+    torch.library.register_vmap(forward_op, _vmap_rule(forward_op, 2), lib=library)
+    torch.library.register_vmap(backward_op, _vmap_rule(backward_op, 3), lib=library)
+    for key in ('AutocastCPU', 'AutocastCUDA', 'AutocastXPU', 'AutocastMPS'):
+        # Autocast leaves the operands as they come: the kernels compute in float32 for half types anyway.
+        for op in (forward_op, backward_op):
+            library.impl(op, torch.library.fallthrough_kernel, key)
+
+
+_register(None)
+_register('triton')
 library.impl('dcnv4', _reference_forward, 'CompositeExplicitAutograd')
 library.impl('dcnv4_backward', _reference_backward, 'CompositeExplicitAutograd')
-torch.library.register_fake('dcnzoo::dcnv4', _fake_forward, lib=library)
-torch.library.register_fake('dcnzoo::dcnv4_backward', _fake_backward, lib=library)
-torch.library.register_autograd('dcnzoo::dcnv4', _backward, setup_context=_save_forward, lib=library)
-torch.library.register_autograd('dcnzoo::dcnv4_backward', _double_backward, setup_context=_save_backward, lib=library)
-torch.library.register_vmap('dcnzoo::dcnv4', _vmap(torch.ops.dcnzoo.dcnv4.default, 2), lib=library)
-torch.library.register_vmap('dcnzoo::dcnv4_backward', _vmap(torch.ops.dcnzoo.dcnv4_backward.default, 3), lib=library)
-# Autocast leaves the operands as they come: the kernels compute in float32 for half types anyway.
-for _key in ('AutocastCPU', 'AutocastCUDA', 'AutocastXPU', 'AutocastMPS'):
-    for _name in ('dcnv4', 'dcnv4_backward'):
-        library.impl(_name, torch.library.fallthrough_kernel, _key)
+library.impl('dcnv4_triton', _triton_forward, 'CompositeExplicitAutograd')
+library.impl('dcnv4_backward_triton', _triton_backward, 'CompositeExplicitAutograd')
+for _device in ('cuda', 'xpu'):
+    if missing('native', _device) and not missing('triton', _device):
+        library.impl('dcnv4', _triton_forward, _device.upper())
+        library.impl('dcnv4_backward', _triton_backward, _device.upper())

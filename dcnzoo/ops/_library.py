@@ -1,14 +1,15 @@
 """The operators' schemas, the libraries that implement them, and the choice between backends.
 
-Schemas are defined here, once, so that the operators exist without a compiler. Behind one operator name the dispatcher
-finds the compiled kernel of the tensor's device where its library was built, else Triton's on a GPU, else the reference.
-`use_backend` overrides that choice for the public functions.
+Schemas are defined here, once, so that the operators exist without a compiler. Behind one name the dispatcher finds the
+compiled kernel of the tensor's device where its library was built, else Triton's on a GPU, else the reference. Every
+operator has a twin, suffixed `_triton`, which is always Triton's: `use_backend` chooses it beside a native one.
 """
 
 import contextlib
 import functools
 import importlib
 import importlib.util
+import os
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -30,31 +31,36 @@ _SCHEMAS = {
 
 library = torch.library.Library('dcnzoo', 'DEF')
 for _name, _schema in _SCHEMAS.items():
-    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for _suffix in ('', '_triton'):
+        library.define(_name + _suffix + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 _REINSTALL = 'pip install --no-build-isolation --no-deps --force-reinstall dcnzoo'
 
 
-@functools.cache
 def _load_native(device: str) -> str | None:
     """Loads the compiled library for a device type; returns None, or why there is none."""
-    if device not in ('cpu', 'cuda'):
-        return f'there are no compiled operators for {device} devices'
     name = f'dcnzoo._{device}'
     if importlib.util.find_spec(name) is None:
-        if device == 'cpu':
-            return f'the CPU library was not built; with a C++ compiler installed, run `{_REINSTALL}`'
-        return f'the CUDA library was not built; with nvcc and a CUDA build of torch installed, run `{_REINSTALL}`'
+        needs = 'a C++ compiler' if device == 'cpu' else 'nvcc and a CUDA build of torch'
+        return f'the {device.upper()} library was not built; with {needs} installed, run `{_REINSTALL}`'
     try:
         importlib.import_module(name)
     except (ImportError, OSError) as error:
-        return f'the {device.upper()} library does not load: {error}; rebuild it with `{_REINSTALL}`'
+        return f'the {device.upper()} library does not load ({error}); rebuild it with `{_REINSTALL}`'
     return None
 
 
+_NATIVE_MISSING = {device: _load_native(device) for device in ('cpu', 'cuda')}
+_TRITON_INSTALLED = importlib.util.find_spec('triton') is not None
+_TRITON_INTERPRETED = os.environ.get('TRITON_INTERPRET', '0') == '1'
+
+
 def _triton_missing(device: str) -> str | None:
-    """None where the Triton kernels can run on a device type, else why they cannot."""
-    return 'dcnzoo has no Triton kernels yet'
+    if not _TRITON_INSTALLED:
+        return 'Triton is not installed; run `pip install triton`'
+    if _TRITON_INTERPRETED:
+        return None if device == 'cpu' else 'TRITON_INTERPRET=1 makes Triton run on the CPU'
+    return None if device in ('cuda', 'xpu') else 'Triton compiles for GPUs only'
 
 
 def missing(backend: str, device: str = 'cpu') -> str | None:
@@ -70,7 +76,7 @@ def missing(backend: str, device: str = 'cpu') -> str | None:
     if backend not in BACKENDS:
         raise ValueError(f'backend must be one of {", ".join(map(repr, BACKENDS))}, got {backend!r}')
     if backend == 'native':
-        return _load_native(device)
+        return _NATIVE_MISSING.get(device, f'there are no compiled operators for {device} devices')
     if backend == 'triton':
         return _triton_missing(device)
     return None
@@ -123,6 +129,11 @@ def chosen_backend(device: torch.device) -> str | None:
     return backend
 
 
+def operator(name: str, backend: str | None) -> torch._ops.OpOverload:
+    """The registered operator that runs on a backend; None stands for the dispatcher's own choice."""
+    return getattr(torch.ops.dcnzoo, f'{name}_triton' if backend == 'triton' else name).default
+
+
 def exporting() -> bool:
     """Whether a graph is recorded for another runtime, which knows standard operators only."""
     return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
@@ -133,7 +144,3 @@ def warn_slow(device: str) -> None:
     """Says once per device type that the reference serves for want of a faster backend."""
     reasons = '; '.join(missing(backend, device) or '' for backend in BACKENDS[:-1])
     warnings.warn(f'dcnzoo runs on its slow reference backend on {device}: {reasons}', RuntimeWarning, stacklevel=2)
-
-
-for _device in ('cpu', 'cuda'):
-    _load_native(_device)

@@ -171,7 +171,7 @@ def _flatten_points(index: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gather(maps: Tensor, index: Tensor, seen: Tensor) -> Tensor:
     """Channels of the pixels in index, (N, Ho, Wo, groups, K, D), zero where they are not seen."""
-    n, out_h, out_w, groups, points = index.shape
+    _, out_h, out_w, _, points = index.shape
     index = index.permute(0, 3, 1, 2, 4).flatten(2).unsqueeze(-1).expand(-1, -1, -1, maps.shape[-1])
     corner = maps.gather(2, index).unflatten(2, (out_h, out_w, points)).permute(0, 2, 3, 1, 4, 5)
     return torch.where(seen.unsqueeze(-1), corner, 0)

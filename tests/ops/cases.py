@@ -34,9 +34,7 @@ class Case:
         pairs = {name: pair(self.geometry[name]) for name in ('kernel_size', 'stride', 'padding', 'dilation')}
         out_h, out_w = (
             (size + 2 * pad - (dilation * (kernel - 1) + 1)) // stride + 1
-            for size, kernel, stride, pad, dilation in zip(
-                (self.height, self.width), *pairs.values(), strict=True
-            )
+            for size, kernel, stride, pad, dilation in zip((self.height, self.width), *pairs.values(), strict=True)
         )
         kernel_h, kernel_w = pairs['kernel_size']
         points = kernel_h * kernel_w - int(self.geometry.get('remove_center', False))
@@ -66,7 +64,12 @@ CASES = [
     Case('one_row', height=1, width=11),
     Case('empty_batch', batch=0),
     Case('stride_2_odd', height=9, width=11, arguments={'stride': 2}),
-    Case('pairs', height=11, width=8, arguments={'kernel_size': (5, 3), 'stride': (1, 2), 'padding': (2, 0), 'dilation': (1, 2)}),
+    Case(
+        'pairs',
+        height=11,
+        width=8,
+        arguments={'kernel_size': (5, 3), 'stride': (1, 2), 'padding': (2, 0), 'dilation': (1, 2)},
+    ),
     Case('even_kernel', arguments={'kernel_size': (2, 4), 'padding': (1, 2)}),
     Case('kernel_1', arguments={'kernel_size': 1, 'padding': 0}),
     Case('kernel_7', batch=1, channels=16, arguments={'kernel_size': 7, 'padding': 3}),
@@ -90,10 +93,12 @@ CASES = [
     Case('no_padding', arguments={'padding': 0}),
     Case('much_padding', arguments={'padding': 4}),
     Case('stage_1', batch=1, height=28, width=28, channels=64, arguments={'groups': 4}, tail=4),
-]  # fmt: skip
+]
 
 
-def answer(case_geometry: dict, value: Tensor, offset_mask: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def answer(
+    case_geometry: dict, value: Tensor, offset_mask: Tensor, grad_output: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Output and both gradients by the reference in float64, from operands of any dtype."""
     value, offset_mask = (tensor.detach().double().requires_grad_() for tensor in (value, offset_mask))
     with use_backend('reference'):
