@@ -1,6 +1,5 @@
 """The head of the largest InternImage models: two stages' maps fused, pooled by attention, and classified."""
 
-import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm
 from torch import Tensor, nn
