@@ -40,7 +40,7 @@ def dcnv4(
     maps = _split_groups(value.to(dtype), groups)
     out = torch.zeros((), dtype=dtype, device=value.device)
     for index, seen, weight_x, weight_y, _, _ in _corners(inside, x, y, value.shape[1], value.shape[2]):
-        corner = _gather(maps, index, seen)
+        corner = _gather(maps, index, seen, offset_mask.shape[:3])
         out = out + (corner * (weight_x * weight_y * mask).unsqueeze(-1)).sum(-2)
     return out.flatten(3).to(value.dtype)
 
@@ -81,7 +81,7 @@ def dcnv4_backward(
     grad_maps = torch.zeros_like(maps)
     grad_x, grad_y, grad_mask = torch.zeros_like(x), torch.zeros_like(y), torch.zeros_like(mask)
     for index, seen, weight_x, weight_y, slope_x, slope_y in _corners(inside, x, y, height, width):
-        dot = (grad * _gather(maps, index, seen)).sum(-1)
+        dot = (grad * _gather(maps, index, seen, offset_mask.shape[:3])).sum(-1)
         grad_x = grad_x + dot * slope_x * weight_y * mask
         grad_y = grad_y + dot * weight_x * slope_y * mask
         grad_mask = grad_mask + dot * weight_x * weight_y
@@ -169,9 +169,13 @@ def _flatten_points(index: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     return index, share.permute(0, 3, 1, 2, 4, 5).flatten(2, 4)
 
 
-def _gather(maps: Tensor, index: Tensor, seen: Tensor) -> Tensor:
-    """Channels of the pixels in index, (N, Ho, Wo, groups, K, D), zero where they are not seen."""
-    _, out_h, out_w, _, points = index.shape
-    index = index.permute(0, 3, 1, 2, 4).flatten(2).unsqueeze(-1).expand(-1, -1, -1, maps.shape[-1])
-    corner = maps.gather(2, index).unflatten(2, (out_h, out_w, points)).permute(0, 2, 3, 1, 4, 5)
+def _gather(maps: Tensor, index: Tensor, seen: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Channels of the pixels in index, (N, Ho, Wo, groups, K, D), zero where they are not seen.
+
+    The shape (N, Ho, Wo) is an input's own: ONNX's tracing exporter mistakes that of a computed tensor for a constant.
+    """
+    groups, points, width = index.shape[3], index.shape[4], maps.shape[-1]
+    index = index.permute(0, 3, 1, 2, 4).flatten(2).unsqueeze(-1).expand(-1, -1, -1, width)
+    n, out_h, out_w = shape
+    corner = maps.gather(2, index).reshape(n, groups, out_h, out_w, points, width).permute(0, 2, 3, 1, 4, 5)
     return torch.where(seen.unsqueeze(-1), corner, 0)
