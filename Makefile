@@ -1,0 +1,75 @@
+# Every target does its own set-up in the checkout. `make` alone lists them.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+RUN := runs/demo
+JOBS ?= auto
+
+# What an installation depends on: it is repeated, and the native library rebuilt, only when one of these changes.
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+
+# The CUDA operators take minutes to compile, and the targets use them only where there is a GPU.
+ifndef DCNZOO_CUDA
+export DCNZOO_CUDA := $(shell nvidia-smi --list-gpus >/dev/null 2>&1 && echo auto || echo 0)
+endif
+
+# Photos for the tests, where they lie beside the checkout; the tests that need them are skipped elsewhere.
+ifndef DCNZOO_TEST_DATA
+ifneq ($(wildcard ../shared/data/.),)
+export DCNZOO_TEST_DATA := $(abspath ../shared/data)
+endif
+endif
+
+.PHONY: help demo test test-all test-lowest lint format clean
+
+help:
+	@echo 'make demo         install into $(VENV), train dcnv4_atto on handwritten digits, classify images it never saw'
+	@echo 'make test         install into $(VENV) and run the tests'
+	@echo 'make test-all     the same with the tests that take minutes'
+	@echo 'make test-lowest  run the tests on the oldest supported versions, in $(VENV)-lowest'
+	@echo 'make lint         check style with ruff; `make format` repairs it'
+	@echo 'make clean        remove what was built, the virtual environments too; runs/ stays'
+
+demo: $(VENV)/.demo
+	@echo '==> 1/3 Exporting the handwritten digits of scikit-learn as images'
+	@rm -rf $(RUN)
+	$(BIN)/dcnzoo digits $(RUN)/data --holdout $(RUN)/holdout
+	@echo '==> 2/3 Training dcnv4_atto on them, about two minutes on two cores'
+	$(BIN)/accelerate launch -q --cpu --num_processes 1 train --config configs/digits_atto.yaml
+	@echo '==> 3/3 Classifying the held-out images with the best checkpoint'
+	$(BIN)/dcnzoo predict $(RUN)/holdout --model $(RUN)/best --truth
+	@echo '==> The checkpoint is in $(RUN)/best, the results of training in $(RUN)/summary.json'
+
+test: $(VENV)/.test
+	@echo '==> Running the tests; the last line says how many passed and how many were skipped'
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 -m 'not slow'
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8
+
+lint: $(VENV)/.test
+	@echo '==> Checking style'
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(VENV)-lowest build dist *.egg-info dcnzoo/*.so dcnzoo/*.pyd
+
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
+	@echo '==> Installing dcnzoo with what its $* needs, compiling the operators'
+	$(BIN)/python -m pip install --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+# First, so that the native library is compiled against the torch it will run on: pip would fetch a second one for that.
+$(VENV)/.torch:
+	@echo '==> Making a virtual environment in $(VENV)'
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("dcnzoo needs Python 3.10 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	@echo '==> Installing PyTorch, a few GB: one to three minutes'
+	$(BIN)/python -m pip install 'torch>=2.10' torchvision 'setuptools>=77' ninja
+	@touch $@

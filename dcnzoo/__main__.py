@@ -1,0 +1,7 @@
+"""`python -m dcnzoo` is the `dcnzoo` command."""
+
+import sys
+
+from .commands import main
+
+sys.exit(main())

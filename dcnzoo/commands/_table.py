@@ -1,0 +1,23 @@
+"""Tables for people: drawn in a terminal, and never cut off in a file or a pipe."""
+
+import sys
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+
+class Table:
+    """Rows under headings; a heading that starts with '>' aligns its column to the right."""
+
+    def __init__(self, *headings: str):
+        self._table = RichTable(box=None, header_style='bold', pad_edge=False)
+        for heading in headings:
+            right = heading.startswith('>')
+            self._table.add_column(heading.lstrip('>'), justify='right' if right else 'left', overflow='fold')
+
+    def add(self, *cells: str, style: str | None = None) -> None:
+        self._table.add_row(*(Text(cell) for cell in cells), style=style)
+
+    def print(self) -> None:
+        Console(width=None if sys.stdout.isatty() else 10_000).print(self._table)
