@@ -6,9 +6,6 @@ BIN := $(VENV)/bin
 RUN := runs/demo
 JOBS ?= auto
 
-# What an installation depends on: it is repeated, and the native library rebuilt, only when one of these changes.
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
-
 # The CUDA operators take minutes to compile, and the targets use them only where there is a GPU.
 ifndef DCNZOO_CUDA
 export DCNZOO_CUDA := $(shell nvidia-smi --list-gpus >/dev/null 2>&1 && echo auto || echo 0)
@@ -31,7 +28,7 @@ help:
 	@echo 'make lint         check style with ruff; `make format` repairs it'
 	@echo 'make clean        remove what was built, the virtual environments too; runs/ stays'
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.native $(VENV)/.demo
 	@echo '==> 1/3 Exporting the handwritten digits of scikit-learn as images'
 	@rm -rf $(RUN)
 	$(BIN)/dcnzoo digits $(RUN)/data --holdout $(RUN)/holdout
@@ -41,11 +38,11 @@ demo: $(VENV)/.demo
 	$(BIN)/dcnzoo predict $(RUN)/holdout --model $(RUN)/best --truth
 	@echo '==> The checkpoint is in $(RUN)/best, the results of training in $(RUN)/summary.json'
 
-test: $(VENV)/.test
+test: $(VENV)/.native $(VENV)/.test
 	@echo '==> Running the tests; the last line says how many passed and how many were skipped'
 	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 -m 'not slow'
 
-test-all: $(VENV)/.test
+test-all: $(VENV)/.native $(VENV)/.test
 	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8
 
 lint: $(VENV)/.test
@@ -60,12 +57,18 @@ format: $(VENV)/.test
 clean:
 	rm -rf $(VENV) $(VENV)-lowest build dist *.egg-info dcnzoo/*.so dcnzoo/*.pyd
 
-$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
-	@echo '==> Installing dcnzoo with what its $* needs, compiling the operators'
-	$(BIN)/python -m pip install --no-build-isolation --editable '.[$*]'
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml | $(VENV)/.torch
+	@echo '==> Installing dcnzoo with what its $* needs'
+	DCNZOO_CPU=0 DCNZOO_CUDA=0 $(BIN)/python -m pip install --no-build-isolation --editable '.[$*]'
 	@touch $@
 
-# First, so that the native library is compiled against the torch it will run on: pip would fetch a second one for that.
+# Compiled apart from the installation, so that only what changed is compiled again.
+$(VENV)/.native: setup.py $(wildcard csrc/*.* csrc/*/*.*) | $(VENV)/.torch
+	@echo '==> Compiling the operators'
+	$(BIN)/python setup.py --quiet build_ext --inplace --force
+	@touch $@
+
+# First, since compiling needs it; an isolated build would fetch a second one.
 $(VENV)/.torch:
 	@echo '==> Making a virtual environment in $(VENV)'
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("dcnzoo needs Python 3.10 or newer, this is " + sys.version)'

@@ -21,7 +21,7 @@ from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent
 TORCH_TARGET = '0x020a000000000000'  # the oldest torch (2.10) whose libtorch the libraries run on
-MACROS = [('TORCH_TARGET_VERSION', TORCH_TARGET), ('Py_LIMITED_API', '0x030a0000')]
+MACROS = [('TORCH_TARGET_VERSION', TORCH_TARGET)]
 MSVC = os.name == 'nt'
 
 

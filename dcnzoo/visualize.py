@@ -40,11 +40,11 @@ def feature_maps(image: Image.Image, features: Sequence[Tensor], titles: Sequenc
         if feature.ndim != 3:
             raise ValueError(f'features must be maps (C, H, W), got one of shape {tuple(feature.shape)}')
         feature = feature.detach().float().cpu()
-        row[1].imshow(feature.abs().mean(0), cmap='magma')
+        row[1].imshow(feature.abs().mean(0).numpy(), cmap='magma')
         row[1].set_title(f'{title}\nmean magnitude', fontsize=8)
         liveliest = feature.flatten(1).std(1, correction=0).topk(min(channels, len(feature))).indices
         for axis, channel in zip(row[2:], liveliest.tolist(), strict=False):
-            axis.imshow(feature[channel], cmap='viridis')
+            axis.imshow(feature[channel].numpy(), cmap='viridis')
             axis.set_title(f'channel {channel}', fontsize=8)
     return figure
 

@@ -20,4 +20,10 @@ class Table:
         self._table.add_row(*(Text(cell) for cell in cells), style=style)
 
     def print(self) -> None:
-        Console(width=None if sys.stdout.isatty() else 10_000).print(self._table)
+        if sys.stdout.isatty():
+            Console().print(self._table)
+            return
+        console = Console(width=10_000)
+        with console.capture() as capture:
+            console.print(self._table)
+        print('\n'.join(line.rstrip() for line in capture.get().splitlines()))
