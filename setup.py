@@ -9,6 +9,7 @@ A compiler that is there but fails is always an error: an installation is never 
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -81,6 +82,13 @@ def cpu_extension() -> list:
     ]
 
 
+def nvcc_release() -> str:
+    nvcc = Path(cpp_extension.CUDA_HOME) / 'bin' / 'nvcc'
+    said = subprocess.run([nvcc, '--version'], capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+    found = re.search(r'release ([\d.]+)', said)
+    return found[1] if found else 'of unknown release'
+
+
 def cuda_extension() -> list:
     choice = wish('DCNZOO_CUDA')
     if choice == '0':
@@ -95,6 +103,8 @@ def cuda_extension() -> list:
         missing = 'nvcc was not found (set CUDA_HOME)'
     elif find_compiler() is None:
         missing = 'no C++ compiler was found'
+    elif nvcc_release().split('.')[0] != torch.version.cuda.split('.')[0]:
+        missing = f'nvcc {nvcc_release()} does not fit torch, which is built for CUDA {torch.version.cuda}'
     if missing:
         if choice == '1':
             sys.exit(f'dcnzoo: DCNZOO_CUDA=1 asks for the CUDA operators, but {missing}')
@@ -113,8 +123,19 @@ def cuda_extension() -> list:
     ]
 
 
+class BuildExtension(cpp_extension.BuildExtension):
+    def build_extensions(self) -> None:
+        try:
+            super().build_extensions()
+        except Exception as error:
+            sys.exit(
+                f'dcnzoo: the native operators do not compile ({error}), see above. DCNZOO_CPU=0 installs '
+                f'without those for the CPU, DCNZOO_CUDA=0 without those for CUDA.'
+            )
+
+
 setup(
     ext_modules=[*cpu_extension(), *cuda_extension()],
-    cmdclass={'build_ext': cpp_extension.BuildExtension},
+    cmdclass={'build_ext': BuildExtension},
     options={'bdist_wheel': {'py_limited_api': 'cp310'}},
 )
