@@ -1,0 +1,337 @@
+"""The images: data sets by timm's names, checked before training; loaders; what happens to a batch on the device.
+
+Every random choice is a function of the seed and of a position (epoch, image, batch), never of what was drawn before: a
+resumed run sees the same images with the same augmentation, and so does another number of workers.
+"""
+
+import random
+import signal
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_transform
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from .config import AugmentConfig, Config, DataConfig
+from .errors import TrainError, nearest
+
+READERS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
+VAL_SYNONYMS = ('val', 'valid', 'validation', 'eval', 'test')
+# what PIL and its decoders raise on files that are damaged, cut short, or no images
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+def seed_all(*entropy: int) -> None:
+    """Seeds Python, NumPy and PyTorch from any number of integers >= 0."""
+    words = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.manual_seed(int(words[2]))
+
+
+@dataclass
+class Splits:
+    """The opened data set: its two splits, and the names of its classes in the order of their indices, if known."""
+
+    train: Dataset
+    val: Dataset
+    classes: list[str] | None
+
+
+def open_splits(data: DataConfig, in_chans: int = 3, seed: int = 0) -> Splits:
+    """Opens both splits and checks that they hold the same classes and no class is empty.
+
+    Raises:
+        TrainError: if the data set is unknown, a folder is missing or empty, or the splits' classes differ.
+    """
+    prefix = _check_name(data)
+    mode = 'L' if in_chans == 1 else 'RGB'
+    if prefix:
+        common = {'root': data.root, 'download': data.download, 'batch_size': data.batch_size, 'seed': seed}
+        train = _create(data.dataset, split=data.train_split, is_training=True, input_img_mode=mode, **common)
+        val = _create(data.dataset, split=data.val_split, is_training=False, input_img_mode=mode, **common)
+        return Splits(train, val, _class_names(train))
+
+    folders = [_locate_split(data.root, data.train_split, ()), _locate_split(data.root, data.val_split, VAL_SYNONYMS)]
+    train, val = (_create('', root=str(folder), search_split=False, input_img_mode=mode) for folder in folders)
+    for dataset, folder in zip((train, val), folders, strict=True):
+        _check_folder(dataset, folder)
+    _check_same_classes(_class_names(train), _class_names(val), *folders)
+    return Splits(train, val, _class_names(train))
+
+
+def _check_name(data: DataConfig) -> str:
+    """The reader's prefix of a data set's name; nothing for an image folder."""
+    prefix, slash, name = data.dataset.partition('/')
+    if data.dataset and (prefix.lower() not in READERS or not (slash and name)):
+        raise TrainError(
+            f'data.dataset: unknown data set {data.dataset!r}{nearest(prefix, READERS)}; leave it empty for an image '
+            f'folder, or name one of {", ".join(f"{reader}/NAME" for reader in READERS)}'
+        )
+    if not data.dataset and data.root is None:
+        raise TrainError('data.root is missing: give the folder of the images with --data.root DIR')
+    return prefix.lower()
+
+
+def _create(name: str, **kwargs: Any) -> Dataset:
+    """timm's create_dataset, whose complaints end the run with one line."""
+    try:
+        return create_dataset(name, **kwargs)
+    except ModuleNotFoundError as error:
+        raise TrainError(f'data.dataset {name!r} needs the package {error.name}: pip install {error.name}') from None
+    except (AssertionError, RuntimeError, ValueError, OSError) as error:
+        where = f'data.dataset {name!r}' if name else f'data.root {kwargs["root"]}'
+        raise TrainError(f'{where} cannot be opened: {error or type(error).__name__}') from None
+
+
+def _locate_split(root: str, split: str, synonyms: Sequence[str]) -> Path:
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise TrainError(f'data.root: no folder {folder}')
+    names = [split, *(synonyms if split in synonyms else ())]
+    for name in names:
+        for path in (folder / name, folder / f'{name}.tar'):
+            if path.exists():
+                return path
+    there = ', '.join(sorted(path.name for path in folder.iterdir())[:10]) or 'nothing'
+    raise TrainError(f'data.root: {folder} has no split {split!r}{nearest(split, there.split(", "))}; it holds {there}')
+
+
+def _check_folder(dataset: Dataset, folder: Path) -> None:
+    """timm takes the folders that hold images as the classes: an empty one would silently shift the labels behind it."""
+    if not folder.is_dir():
+        return
+    filled = {Path(name).parts[0] for name in dataset.filenames() if len(Path(name).parts) > 1}
+    if '' in dataset.reader.class_to_idx:
+        raise TrainError(f'{folder} holds images outside of class folders: expected {folder / "CLASS"}/*.jpg')
+    folders = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.')]
+    empty = sorted(set(folders) - filled)
+    if empty:
+        raise TrainError(f'no images in the class folder {folder / empty[0]}' + _more(len(empty) - 1))
+
+
+def _check_same_classes(train: list[str], val: list[str], train_folder: Path, val_folder: Path) -> None:
+    sides = (train, val, train_folder, val_folder), (val, train, val_folder, train_folder)
+    for ours, others, folder, other in sides:
+        extra = [name for name in ours if name not in set(others)]
+        if extra:
+            raise TrainError(f'{folder} has the class {extra[0]!r}, {other} does not' + _more(len(extra) - 1))
+
+
+def _more(count: int) -> str:
+    return f' (and {count} more like it)' if count else ''
+
+
+def _class_names(dataset: Dataset) -> list[str] | None:
+    index = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
+    if index:
+        return [str(name) for name, _ in sorted(index.items(), key=lambda item: item[1])]
+    classes = getattr(dataset, 'classes', None)
+    return [str(name) for name in classes] if classes else None
+
+
+class Samples(Dataset):
+    """Decoded and augmented images of a data set with random access.
+
+    An item is (uint8 image, class index, complaints). There is a complaint for each image that could not be read, with
+    the file's name and the reason. In training the next readable image then takes its place, so that an epoch keeps its
+    length; in validation the class index is -1, so that it does not count.
+
+    Args:
+        dataset: a data set of timm or torchvision.
+        transform: from a PIL image to a uint8 tensor.
+        shape: channels, height and width of that tensor.
+        seed: of the augmentation.
+        attempts: images tried in the place of one.
+    """
+
+    def __init__(self, dataset: Dataset, transform: Callable, shape: tuple[int, ...], seed: int, attempts: int = 1):
+        self.dataset = dataset
+        self.transform = transform
+        self.shape = shape
+        self.seed = seed
+        self.attempts = attempts
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that outlive the epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, list[str]]:
+        seed_all(self.seed, int(self.epoch), index)
+        complaints = []
+        for candidate in range(index, index + self.attempts):
+            candidate %= len(self)
+            try:
+                image, target = self._read(candidate)
+            except UNREADABLE as error:
+                reason = ' '.join(str(error).split()) or type(error).__name__
+                complaints.append(f'{self._name(candidate)}: {reason}')
+            else:
+                return self.transform(image), target, complaints
+        return torch.zeros(self.shape, dtype=torch.uint8), -1, complaints
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        reader = getattr(self.dataset, 'reader', None)
+        if reader is None:
+            image, target = self.dataset[index]
+        else:  # timm's own __getitem__ puts the neighbour in the place of an unreadable image without telling
+            file, target = reader[index][:2]
+            image = Image.open(file)
+        return image.convert('L' if self.shape[0] == 1 else 'RGB'), -1 if target is None else int(target)
+
+    def _name(self, index: int) -> str:
+        named = getattr(self.dataset, 'filename', None)
+        return named(index, absolute=True) if named else f'image {index}'
+
+
+class StreamedSamples(IterableDataset):
+    """Decoded and augmented images of a data set that is read as a stream, which timm's reader shares out."""
+
+    def __init__(self, dataset: IterableDataset, transform: Callable):
+        dataset.transform = transform
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.dataset.set_epoch(epoch)
+
+    def set_loader_cfg(self, num_workers: int) -> None:
+        self.dataset.set_loader_cfg(num_workers=num_workers)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, list[str]]]:
+        for image, target in self.dataset:
+            yield image, target, []
+
+
+def unreadable_limit(splits: Splits, config: Config) -> int:
+    """How many unreadable images a run bears: never as many as there are to train on."""
+    streamed = isinstance(splits.train, IterableDataset)
+    return config.data.max_unreadable if streamed else min(config.data.max_unreadable, len(splits.train) - 1)
+
+
+def build_loaders(splits: Splits, config: Config, data_config: dict, pin_memory: bool) -> tuple[DataLoader, DataLoader]:
+    """Loaders of (uint8 images (B, C, H, W), class indices (B,), complaints) for training, shuffled, and validation.
+
+    Args:
+        splits: the opened data set.
+        config: the run's configuration.
+        data_config: timm's description of the network's input (input_size, interpolation, mean, std, crop_pct, ...).
+        pin_memory: True if the batches go to a GPU.
+    """
+    data, shape = config.data, tuple(data_config['input_size'])
+    pipeline = {'input_size': shape, 'mean': data_config['mean'], 'std': data_config['std'], 'normalize': False}
+    evaluate = {key: data_config[key] for key in ('interpolation', 'crop_pct', 'crop_mode')}
+    try:
+        train_transform = val_transform = create_transform(**pipeline, **evaluate)
+        if config.augment.crop_mode != 'none':
+            train_transform = _train_transform(config.augment, evaluate, pipeline)
+    except (AssertionError, KeyError, ValueError, RuntimeError) as error:
+        raise TrainError(f'augment: {error or type(error).__name__}') from None
+
+    loaders = []
+    for dataset, transform, train in ((splits.train, train_transform, True), (splits.val, val_transform, False)):
+        streamed = isinstance(dataset, IterableDataset)
+        if streamed:
+            samples = StreamedSamples(dataset, transform)
+            samples.set_loader_cfg(num_workers=data.workers)
+        else:
+            attempts = unreadable_limit(splits, config) + 1 if train else 1
+            samples = Samples(dataset, transform, shape, config.run.seed, attempts)
+        loaders.append(
+            DataLoader(
+                samples,
+                batch_size=data.batch_size if train else data.val_batch_size or data.batch_size,
+                shuffle=train and not streamed,
+                drop_last=train,
+                num_workers=data.workers,
+                collate_fn=_collate,
+                pin_memory=pin_memory,
+                persistent_workers=data.workers > 0,
+                worker_init_fn=_leave_signals_to_the_trainer,
+            )
+        )
+    return tuple(loaders)
+
+
+def _train_transform(augment: AugmentConfig, evaluate: dict, pipeline: dict) -> Callable:
+    return create_transform(
+        **pipeline,
+        is_training=True,
+        train_crop_mode=augment.crop_mode,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=augment.hflip,
+        vflip=augment.vflip,
+        color_jitter=augment.color_jitter or None,
+        auto_augment=augment.auto_augment,
+        interpolation=augment.interpolation or evaluate['interpolation'],
+    )
+
+
+def _collate(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+    images, targets, complaints = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(targets), [complaint for each in complaints for complaint in each]
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
+class BatchTransform:
+    """What happens to a batch on its device: to float, normalized, and in training erased and mixed.
+
+    Args:
+        data_config: timm's description of the network's input.
+        augment: the augmentation, or None for validation.
+        num_classes: outputs of the classifier.
+        device: where the batches are.
+        channels_last: memory order of the images.
+    """
+
+    def __init__(
+        self,
+        data_config: dict,
+        augment: AugmentConfig | None,
+        num_classes: int,
+        device: torch.device,
+        channels_last: bool,
+    ):
+        self.mean = 255 * torch.tensor(data_config['mean'], device=device).view(1, -1, 1, 1)
+        self.std = 255 * torch.tensor(data_config['std'], device=device).view(1, -1, 1, 1)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.erase = self.mix = None
+        if augment and augment.random_erasing:
+            self.erase = RandomErasing(augment.random_erasing, mode=augment.erasing_mode, device=device)
+        if augment and (augment.mixup or augment.cutmix):
+            self.mix = Mixup(
+                mixup_alpha=augment.mixup,
+                cutmix_alpha=augment.cutmix,
+                prob=augment.mix_prob,
+                switch_prob=augment.mix_switch_prob,
+                mode=augment.mix_mode,
+                label_smoothing=augment.label_smoothing,
+                num_classes=num_classes,
+            )
+
+    def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) uint8 and (B,) indices to normalized images and, where these are mixed, (B, K) targets."""
+        images = images.float().sub_(self.mean).div_(self.std).contiguous(memory_format=self.memory_format)
+        if self.erase is not None:
+            images = self.erase(images)
+        return (images, targets) if self.mix is None else self.mix(images, targets)

@@ -1,0 +1,106 @@
+"""The network with its weights to start from, and its optimizer, by timm's names."""
+
+import textwrap
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from .config import Config, DataConfig, ModelConfig, OptimConfig
+from .errors import TrainError, nearest
+
+
+def build_model(model: ModelConfig, data: DataConfig, num_classes: int) -> nn.Module:
+    """Creates the network, with pretrained weights or those of a file if the configuration says so.
+
+    Raises:
+        TrainError: if the model is unknown, or does not take these arguments or weights.
+    """
+    _check_name(model.name)
+    size = data.image_size
+    overlay = {'file': str(Path(model.checkpoint).resolve())} if model.checkpoint else None
+    kwargs = dict(model.kwargs)
+    if size is not None and _has_fixed_size(model.name):
+        kwargs.setdefault('img_size', size)
+    try:
+        network = timm.create_model(
+            model.name,
+            pretrained=model.pretrained or overlay is not None,
+            pretrained_cfg_overlay=overlay,
+            num_classes=num_classes,
+            in_chans=model.in_chans,
+            drop_rate=model.drop_rate,
+            drop_path_rate=model.drop_path_rate,
+            **kwargs,
+        )
+    except Exception as error:  # a constructor, a download or a file of others: each fails in its own way
+        source = f' with the weights of {model.checkpoint}' if overlay else ''
+        reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=' ...')
+        raise TrainError(f'model.name {model.name!r} cannot be created{source}: {reason}') from error
+    if model.grad_checkpointing:
+        network.set_grad_checkpointing(True)
+    return network
+
+
+def _check_name(name: str) -> None:
+    source, colon, path = name.partition(':')
+    if colon:
+        if source not in ('hf-hub', 'local-dir'):
+            raise TrainError(f'model.name: expected a model, hf-hub:ORG/NAME or local-dir:DIR, got {name!r}')
+        if source == 'local-dir' and not (Path(path) / 'config.json').is_file():
+            raise TrainError(f'model.name: no config.json in the folder {path}')
+    elif not timm.is_model(name.split('.')[0]):
+        raise TrainError(f'model.name: unknown model {name!r}{nearest(name, timm.list_models())}')
+
+
+def _has_fixed_size(name: str) -> bool:
+    cfg = None if ':' in name else timm.models.get_pretrained_cfg(name)
+    return bool(cfg and cfg.fixed_input_size)
+
+
+def input_config(model: nn.Module, data: DataConfig, in_chans: int) -> dict:
+    """timm's description of the network's input, with what the configuration changes of it."""
+    cfg = dict(model.pretrained_cfg)
+    size = data.image_size or tuple(cfg.get('input_size') or (in_chans, 224, 224))[1:]
+    height, width = (size, size) if isinstance(size, int) else size
+    for key in ('mean', 'std'):  # statistics of the colours, for a network of other channels
+        if cfg.get(key) and len(cfg[key]) != in_chans:
+            cfg[key] = (sum(cfg[key]) / len(cfg[key]),) * in_chans
+    overrides = {key: getattr(data, key) for key in ('mean', 'std', 'interpolation', 'crop_pct')}
+    for key in ('mean', 'std'):
+        if overrides[key] is not None and len(overrides[key]) not in (1, in_chans):
+            raise TrainError(f'data.{key} should have 1 or {in_chans} values, got {len(overrides[key])}')
+    return resolve_data_config({**overrides, 'input_size': (in_chans, height, width)}, pretrained_cfg=cfg)
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig, lr: float) -> torch.optim.Optimizer:
+    """Creates timm's optimizer with its parameter groups: no weight decay where none belongs, layer decay if asked for.
+
+    Raises:
+        TrainError: if the optimizer is unknown or does not take these arguments.
+    """
+    optional = {key: getattr(optim, key) for key in ('betas', 'eps') if getattr(optim, key) is not None}
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=optim.name,
+            lr=lr,
+            weight_decay=optim.weight_decay,
+            momentum=optim.momentum,
+            layer_decay=optim.layer_decay,
+            **optional,
+            **optim.kwargs,
+        )
+    except (ValueError, TypeError, AssertionError) as error:
+        known = timm.optim.list_optimizers()
+        hint = nearest(optim.name, known) if optim.name not in known else f': {error}'
+        raise TrainError(f'optim.name: cannot create {optim.name!r}{hint}', usage=True) from None
+
+
+def scaled(lr: float, config: Config, processes: int) -> float:
+    """A learning rate of the configuration for the run's global batch."""
+    base = config.optim.lr_base_batch
+    return lr * config.data.batch_size * config.optim.accumulate * processes / base if base else lr
