@@ -518,14 +518,17 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
         return f'stages.{int(match[1]) + 1}.downsample'
 
     def output_norm(match: re.Match) -> str:
-        return f'stages.2.blocks.{model.output_norm_ids[int(match[1])]}.output_norm.'
+        index = int(match[1])
+        if index >= len(model.output_norm_ids):
+            return match[0]
+        return f'stages.2.blocks.{model.output_norm_ids[index]}.output_norm.'
 
     renamings = (
         (r'^patch_embed\.', 'stem.'),
         (r'^levels\.(\d+)\.downsample', next_stage),
         (r'^levels\.2\.post_norms\.(\d+)\.0\.', output_norm),
         (r'^levels\.', 'stages.'),
-        (r'(norm\d*)\.[01]\.', r'\1.'),
+        (r'(norm\w*)\.[01]\.', r'\1.'),
         (r'\.gamma([12])$', r'.ls\1.gamma'),
         (r'^conv_head\.0\.', 'conv_head.conv.'),
         (r'^conv_head\.1\.0\.', 'conv_head.bn.'),
