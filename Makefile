@@ -33,8 +33,7 @@ demo: $(VENV)/.native $(VENV)/.demo
 	@rm -rf $(RUN)
 	$(BIN)/dcnzoo digits $(RUN)/data --holdout $(RUN)/holdout
 	@echo '==> 2/3 Training dcnv4_atto on them, about two minutes on two cores'
-	$(BIN)/accelerate launch -q --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		train --config configs/digits_atto.yaml --data.root $(RUN)/data --run.output $(RUN)
+	$(BIN)/python -m train --config configs/digits_atto.yaml --data.root $(RUN)/data --run.output $(RUN) --run.cpu true
 	@echo '==> 3/3 Classifying the held-out images with the best checkpoint'
 	$(BIN)/dcnzoo predict $(RUN)/holdout --model $(RUN)/best --truth
 	@echo '==> The checkpoint is in $(RUN)/best, the results of training in $(RUN)/summary.json'
