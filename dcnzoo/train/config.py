@@ -336,6 +336,8 @@ def _yaml_keys(path: Path) -> Iterator[str]:
         yield str(group)
         if isinstance(values, dict):
             yield from (f'{group}.{key}' for key in values)
+        elif group != 'resume':
+            raise TrainError(f'{group} in {path} should map settings to values, but is {values!r}', usage=True)
 
 
 def _known_keys() -> set[str]:

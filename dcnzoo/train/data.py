@@ -108,7 +108,7 @@ def _locate_split(root: str, split: str, synonyms: Sequence[str]) -> Path:
 
 
 def _check_folder(dataset: Dataset, folder: Path) -> None:
-    """timm takes the folders that hold images as the classes: an empty one would silently shift the labels behind it."""
+    """timm takes the folders that hold images for the classes: an empty one would shift the labels behind it."""
     if not folder.is_dir():
         return
     filled = {Path(name).parts[0] for name in dataset.filenames() if len(Path(name).parts) > 1}
@@ -133,7 +133,8 @@ def _more(count: int) -> str:
 
 
 def _class_names(dataset: Dataset) -> list[str] | None:
-    index = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
+    reader = getattr(dataset, 'reader', dataset)
+    index = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)  # the latter of a tar
     if index:
         return [str(name) for name, _ in sorted(index.items(), key=lambda item: item[1])]
     classes = getattr(dataset, 'classes', None)
