@@ -17,20 +17,20 @@ namespace dcnzoo {
 
 // A coordinate between two neighbouring pixels `low` and `low + 1`. Where the coordinate is not finite, or outside the
 // open interval (-1, size), neither is on the map, and low is -1.
-template <typename T>
+template <typename T, typename Index = int64_t>
 struct Axis {
-  int64_t low;
+  Index low;
   bool low_inside, high_inside;
   T low_weight, high_weight;
 };
 
-template <typename T>
-DCNZOO_INLINE Axis<T> sample_axis(T coordinate, int64_t size) {
+template <typename T, typename Index>
+DCNZOO_INLINE Axis<T, Index> sample_axis(T coordinate, Index size) {
   if (!(coordinate > T(-1) && coordinate < static_cast<T>(size))) {
     return {-1, false, false, T(0), T(0)};
   }
-  int64_t low = static_cast<int64_t>(coordinate);  // truncates towards 0, so (-1, 0) needs its own case
-  low = coordinate < T(0) ? -1 : low;
+  Index low = static_cast<Index>(coordinate);  // truncates towards 0, so (-1, 0) needs its own case
+  low = coordinate < T(0) ? Index(-1) : low;
   const T fraction = coordinate - static_cast<T>(low);
   return {low, low >= 0 && low < size, low + 1 < size, T(1) - fraction, fraction};
 }

@@ -1,0 +1,107 @@
+// The interface between the CPU operator and its vectorised kernels, each compiled for one instruction set.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+#include "../common.h"
+#include "../sampling.h"
+
+#if defined(__x86_64__) || (defined(_M_X64) && !defined(_M_ARM64EC))
+#define DCNZOO_X86_64
+#endif
+
+namespace dcnzoo::cpu {
+
+// Half types are computed in float32.
+template <typename T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// A tensor's data and its strides in elements.
+template <typename T>
+struct View {
+  T* data;
+  int64_t strides[4];
+
+  T* at(int64_t n, int64_t y, int64_t x, int64_t c) const {
+    return data + n * strides[0] + y * strides[1] + x * strides[2] + c * strides[3];
+  }
+};
+
+template <typename V, typename O>
+struct Forward {
+  Geometry geometry;
+  View<const V> value;
+  View<const O> offset_mask;
+  V* output;  // contiguous
+};
+
+template <typename V, typename O>
+struct Backward {
+  Geometry geometry;
+  View<const V> grad_output, value;
+  View<const O> offset_mask;
+  V* grad_value;        // contiguous
+  O* grad_offset_mask;  // contiguous
+};
+
+// One image and group: adds up the gradient of the value map's rows [first_row, last_row) over all output pixels in
+// their order, and finds the gradients of offsets and masks for the output pixels [first_pixel, last_pixel).
+struct BackwardUnit {
+  int64_t n, g, first_row, last_row, first_pixel, last_pixel;
+};
+
+// One output pixel and group by the plain kernel, which reads no corner outside the map.
+template <typename V, typename O>
+void forward_point(const Forward<V, O>& call, int64_t n, int64_t row, int64_t column, int64_t g);
+
+// Memory for arrays that are cut from it one after another, aligned for every vector type, zero at first.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes)
+      : data_(static_cast<char*>(::operator new(static_cast<size_t>(bytes), kAlignment))), next_(data_.get()) {
+    for (int64_t i = 0; i < bytes; ++i) {
+      data_[i] = 0;
+    }
+  }
+
+  template <typename T>
+  static int64_t bytes(int64_t count) {
+    constexpr int64_t alignment = static_cast<int64_t>(kAlignment);
+    return (count * static_cast<int64_t>(sizeof(T)) + alignment - 1) / alignment * alignment;
+  }
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* array = reinterpret_cast<T*>(next_);
+    next_ += bytes<T>(count);
+    return array;
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Delete {
+    void operator()(char* p) const { ::operator delete(p, kAlignment); }
+  };
+  std::unique_ptr<char[], Delete> data_;
+  char* next_;
+};
+
+// The kernels for output pixels [begin, end), counted over the batch. All but the plain ones want channels of the inputs
+// to be contiguous, images within 2^31 bytes, and heights and widths that are exact in float32.
+#define DCNZOO_DECLARE_KERNELS(name)                                           \
+  namespace name {                                                             \
+  template <typename V, typename O>                                            \
+  void forward_pixels(const Forward<V, O>& call, int64_t begin, int64_t end);  \
+  template <typename V, typename O>                                            \
+  void backward_unit(const Backward<V, O>& call, const BackwardUnit& unit);    \
+  }
+DCNZOO_DECLARE_KERNELS(plain)
+DCNZOO_DECLARE_KERNELS(portable)
+DCNZOO_DECLARE_KERNELS(avx2)
+DCNZOO_DECLARE_KERNELS(avx512)
+#undef DCNZOO_DECLARE_KERNELS
+
+}  // namespace dcnzoo::cpu

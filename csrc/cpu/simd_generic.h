@@ -1,0 +1,115 @@
+// A vector of any type and length in the language extension of GCC and Clang, which maps it to what the processor has:
+// float64 everywhere, float32 where there are no intrinsics.
+#pragma once
+
+template <typename T, int64_t kCount>
+struct LanesOf {
+  typedef T type __attribute__((vector_size(kCount * sizeof(T))));
+};
+
+template <typename T, int64_t kCount>
+struct GenericVector {
+  using Scalar = T;
+  static constexpr int64_t kLanes = kCount;
+  using Lanes = typename LanesOf<T, kCount>::type;
+  using Ints = typename LanesOf<int32_t, kCount>::type;
+  using Words = typename LanesOf<uint32_t, kCount>::type;
+  using Halves = typename LanesOf<uint16_t, kCount>::type;
+  Lanes r;
+
+  static DCNZOO_INLINE GenericVector broadcast(T x) { return {Lanes{} + x}; }
+  // x, y, x, y, ...
+  static DCNZOO_INLINE GenericVector broadcast_pair(T x, T y) {
+    Lanes lanes;
+    for (int64_t i = 0; i < kLanes; ++i) {
+      lanes[i] = i % 2 == 0 ? x : y;
+    }
+    return {lanes};
+  }
+  static DCNZOO_INLINE GenericVector load(const T* p) {
+    Lanes lanes;
+    __builtin_memcpy(&lanes, p, sizeof(lanes));
+    return {lanes};
+  }
+  static DCNZOO_INLINE Words load_words(const void* p) {
+    Halves halves;
+    __builtin_memcpy(&halves, p, sizeof(halves));
+    return __builtin_convertvector(halves, Words);
+  }
+  static DCNZOO_INLINE GenericVector load(const BFloat16* p) { return {(Lanes)(load_words(p) << 16)}; }
+  static DCNZOO_INLINE GenericVector load(const Half* p) {
+    const Words bits = load_words(p), magnitude = bits & 0x7fff;
+    // Moved to float32's place the exponent is too small by 112, also for subnormal numbers; infinity and NaN keep
+    // theirs, which is all ones.
+    const Words finite = (Words)((Lanes)(magnitude << 13) * 0x1p112f);
+    const Words other = (magnitude << 13) | 0x7f800000;
+    return {(Lanes)(((Ints)magnitude >= 0x7c00 ? other : finite) | (bits & 0x8000) << 16)};
+  }
+  // The first `count` lanes, at most kLanes; the others are 0 and their memory is not touched.
+  template <typename S>
+  static DCNZOO_INLINE GenericVector load_first(const S* p, int64_t count) {
+    S lanes[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) {
+      lanes[i] = i < count ? p[i] : S(0);
+    }
+    return load(lanes);
+  }
+  // Even and odd elements of the next 2 * kLanes.
+  static DCNZOO_INLINE void load_pairs(const T* p, GenericVector& even, GenericVector& odd) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      even.r[i] = p[2 * i];
+      odd.r[i] = p[2 * i + 1];
+    }
+  }
+
+  DCNZOO_INLINE void store(T* p) const { __builtin_memcpy(p, &r, sizeof(r)); }
+  template <typename S>
+  DCNZOO_INLINE void store(S* p) const {
+    store_first(p, kLanes);
+  }
+  template <typename S>
+  DCNZOO_INLINE void store_first(S* p, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) {
+      p[i] = static_cast<S>(r[i]);
+    }
+  }
+
+  DCNZOO_INLINE bool any_nan() const {
+    const auto nan = r != r;
+    bool any = false;
+    for (int64_t i = 0; i < kLanes; ++i) {
+      any |= nan[i] != 0;
+    }
+    return any;
+  }
+
+  friend DCNZOO_INLINE GenericVector operator+(GenericVector a, GenericVector b) { return {a.r + b.r}; }
+  friend DCNZOO_INLINE GenericVector operator-(GenericVector a, GenericVector b) { return {a.r - b.r}; }
+  friend DCNZOO_INLINE GenericVector operator*(GenericVector a, GenericVector b) { return {a.r * b.r}; }
+  friend DCNZOO_INLINE GenericVector fma(GenericVector a, GenericVector b, GenericVector c) { return {a.r * b.r + c.r}; }
+  // b where a is NaN
+  friend DCNZOO_INLINE GenericVector min(GenericVector a, GenericVector b) { return {a.r < b.r ? a.r : b.r}; }
+  friend DCNZOO_INLINE GenericVector max(GenericVector a, GenericVector b) { return {a.r > b.r ? a.r : b.r}; }
+  // Of numbers that int32 can hold.
+  friend DCNZOO_INLINE GenericVector truncate(GenericVector a) {
+    return {__builtin_convertvector(__builtin_convertvector(a.r, Ints), Lanes)};
+  }
+  // x * x_step + y * y_step, for whole numbers x and y.
+  friend DCNZOO_INLINE void store_offsets(
+      int32_t* p, GenericVector x, GenericVector y, int32_t x_step, int32_t y_step) {
+    const Ints offsets = __builtin_convertvector(x.r, Ints) * x_step + __builtin_convertvector(y.r, Ints) * y_step;
+    __builtin_memcpy(p, &offsets, sizeof(offsets));
+  }
+};
+
+template <typename T, int64_t kCount>
+DCNZOO_INLINE GenericVector<T, kCount> exp_of_negative(GenericVector<T, kCount> x) {
+  for (int64_t i = 0; i < kCount; ++i) {
+    if constexpr (std::is_same_v<T, double>) {
+      x.r[i] = ::exp(x.r[i]);
+    } else {
+      x.r[i] = ::expf(x.r[i]);
+    }
+  }
+  return x;
+}
