@@ -1,0 +1,119 @@
+// The CUDA features that the kernels use, behind few names.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "../common.h"
+
+namespace dcnzoo {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Half types are computed in float32.
+template <typename T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T, int kSize>
+struct alignas(sizeof(T) * kSize) Vector {
+  T element[kSize];
+};
+
+// The widest vector of a type that one load can bring: 16 bytes.
+template <typename T>
+constexpr int kWide = 16 / sizeof(T);
+
+// Adds to global memory without returning the old values; four at a time where the device can.
+template <int kSize>
+__device__ __forceinline__ void add_to(float* address, const float (&term)[kSize]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (kSize % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kSize; i += 4) {
+      asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address + i), "f"(term[i]), "f"(term[i + 1]),
+                   "f"(term[i + 2]), "f"(term[i + 3])
+                   : "memory");
+    }
+    return;
+  }
+#endif
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    atomicAdd(address + i, term[i]);
+  }
+}
+
+template <int kSize>
+__device__ __forceinline__ void add_to(double* address, const double (&term)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    atomicAdd(address + i, term[i]);
+  }
+}
+
+// Products of bfloat16 matrices by the matrix units, from compute capability 8.0 on.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kHasMatrixUnit = false;
+#else
+constexpr bool kHasMatrixUnit = true;
+#endif
+
+// sum += a * b for a 16 x 16 and a 16 x 8 matrix spread over a warp's registers as PTX's mma.m16n8k16 defines.
+__device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if !defined(__CUDACC__)
+  mma_m16n8k16_bf16(sum, a, b);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// Two float32 numbers as sums of two bfloat16 numbers each, the first of both and the second of both packed together.
+__device__ __forceinline__ void split(const Vector<float, 2>& numbers, uint32_t& high, uint32_t& low) {
+  const Vector<BFloat16, 2> rounded{{BFloat16(numbers.element[0]), BFloat16(numbers.element[1])}};
+  const Vector<BFloat16, 2> rest{
+      {BFloat16(numbers.element[0] - static_cast<float>(rounded.element[0])),
+       BFloat16(numbers.element[1] - static_cast<float>(rounded.element[1]))}};
+  std::memcpy(&high, &rounded, sizeof(high));
+  std::memcpy(&low, &rest, sizeof(low));
+}
+
+// Makes a tensor's device current for a scope, and knows its current stream.
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  template <typename... Parameters, typename... Arguments>
+  void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, const Arguments&... arguments) const {
+    if (blocks == 0) {
+      return;
+    }
+    STD_TORCH_CHECK(blocks <= 0x7fffffff, "a grid of ", blocks, " blocks is too large for CUDA");
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(threads);
+    config.stream = stream_;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+}  // namespace dcnzoo

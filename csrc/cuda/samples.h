@@ -1,0 +1,202 @@
+// The sampling points of a warp's pairs: computed once each by the lanes that share a pair, then exchanged.
+#pragma once
+
+#include "../sampling.h"
+#include "device.h"
+#include "partition.h"
+
+namespace dcnzoo {
+
+// What a kernel needs to place the sampling points; lengths in vectors of the value map, times and sizes in pixels.
+template <typename T, typename Index>
+struct Grid {
+  Index height, width, row_step, column_step;
+  T origin_y, origin_x, stride_y, stride_x, scale;
+  int32_t points, center, dilation_h, dilation_w;  // center is the first point behind a centre left out
+  Divisor<int32_t> kernel_h;
+  bool softmax;
+
+  Grid(const Geometry& geometry, int64_t row_step, int64_t column_step)
+      : height(static_cast<Index>(geometry.height)),
+        width(static_cast<Index>(geometry.width)),
+        row_step(static_cast<Index>(row_step)),
+        column_step(static_cast<Index>(column_step)),
+        origin_y(grid_origin<T>(
+            0, geometry.stride_h, geometry.pad_h, geometry.dilation_h, geometry.kernel_h, geometry.offset_scale)),
+        origin_x(grid_origin<T>(
+            0, geometry.stride_w, geometry.pad_w, geometry.dilation_w, geometry.kernel_w, geometry.offset_scale)),
+        stride_y(static_cast<T>(geometry.stride_h)),
+        stride_x(static_cast<T>(geometry.stride_w)),
+        scale(static_cast<T>(geometry.offset_scale)),
+        points(static_cast<int32_t>(geometry.points)),
+        center(
+            geometry.remove_center
+                ? static_cast<int32_t>((geometry.kernel_w / 2) * geometry.kernel_h + geometry.kernel_h / 2)
+                : points),
+        dilation_h(static_cast<int32_t>(geometry.dilation_h)),
+        dilation_w(static_cast<int32_t>(geometry.dilation_w)),
+        kernel_h(geometry.kernel_h),
+        softmax(geometry.softmax) {}
+};
+
+// The numbers of one sampling point as they stand in memory.
+template <typename T>
+struct Point {
+  T dx, dy, mask;
+};
+
+template <typename T, typename Offset>
+__device__ __forceinline__ Point<T> read_point(const Offset* packed, int32_t point, int32_t points) {
+  return {
+      static_cast<T>(packed[2 * point]), static_cast<T>(packed[2 * point + 1]), static_cast<T>(packed[2 * points + point])};
+}
+
+// Softmax over a pair's modulation scalars, in the form exp(mask - largest) * inverse_sum.
+template <typename T>
+struct Softmax {
+  T largest, inverse_sum;
+
+  __device__ __forceinline__ T operator()(T mask) const { return std::exp(mask - largest) * inverse_sum; }
+};
+
+template <typename T, typename Offset>
+__device__ __forceinline__ Softmax<T> read_softmax(const Offset* packed, int32_t points) {
+  const Offset* masks = packed + 2 * points;
+  T largest = static_cast<T>(masks[0]);
+  for (int32_t point = 1; point < points; ++point) {
+    const T mask = static_cast<T>(masks[point]);
+    largest = mask > largest ? mask : largest;
+  }
+  T sum = 0;
+  for (int32_t point = 0; point < points; ++point) {
+    sum += std::exp(static_cast<T>(masks[point]) - largest);
+  }
+  return {largest, T(1) / sum};
+}
+
+// One sampling point on the value map. Where it is off the map the mask is 0, whatever it was.
+template <typename T, typename Index>
+struct Sample {
+  Axis<T, Index> y, x;
+  T mask;
+
+  __device__ __forceinline__ bool on_map() const {
+    return (x.low_inside || x.high_inside) && (y.low_inside || y.high_inside);
+  }
+  __device__ __forceinline__ bool is_interior() const {
+    return x.low_inside && x.high_inside && y.low_inside && y.high_inside;
+  }
+};
+
+template <typename T, typename Index>
+__device__ __forceinline__ Sample<T, Index> place(
+    const Grid<T, Index>& grid, T window_y, T window_x, int32_t point, const Point<T>& raw, T mask) {
+  const int32_t cell = point + (point >= grid.center ? 1 : 0);
+  const int32_t column = grid.kernel_h.divide(cell);
+  const int32_t row = cell - column * grid.kernel_h.divisor;
+  const T x = window_x + (static_cast<T>(column * grid.dilation_w) + raw.dx) * grid.scale;
+  const T y = window_y + (static_cast<T>(row * grid.dilation_h) + raw.dy) * grid.scale;
+  Sample<T, Index> sample{sample_axis(y, grid.height), sample_axis(x, grid.width), mask};
+  sample.mask = sample.on_map() ? mask : T(0);
+  return sample;
+}
+
+// A sample as lanes hand it to one another: the place of its upper left corner in vectors times 16, with a bit set for
+// each corner (upper left, upper right, lower left, lower right) that is outside the map, and its weights.
+template <typename T, typename Index>
+struct alignas(16) Record {
+  Index packed;
+  T fraction_x, top, bottom;
+
+  Record() = default;
+  __device__ __forceinline__ Record(const Sample<T, Index>& sample, const Grid<T, Index>& grid)
+      : fraction_x(sample.x.high_weight),
+        top(sample.y.low_weight * sample.mask),
+        bottom(sample.y.high_weight * sample.mask) {
+    const int outside = (sample.x.low_inside ? 0 : 5) | (sample.x.high_inside ? 0 : 10) |
+                        (sample.y.low_inside ? 0 : 3) | (sample.y.high_inside ? 0 : 12);
+    packed = (sample.y.low * grid.row_step + sample.x.low * grid.column_step) * 16 + outside;
+  }
+
+  __device__ __forceinline__ Index place() const { return packed >> 4; }
+  __device__ __forceinline__ bool has_corner(int corner) const { return (packed >> corner & 1) == 0; }
+};
+
+// The four corners of a sample, zero where they are outside the map, and never read there.
+template <typename T, int kSize>
+struct Corners {
+  Vector<T, kSize> vector[4];
+};
+
+template <bool kInterior, typename T, int kSize, typename Compute, typename Index>
+__device__ __forceinline__ Corners<T, kSize> read_corners(
+    const Vector<T, kSize>* map, const Record<Compute, Index>& record, const Grid<Compute, Index>& grid) {
+  const Index place = record.place();
+  const Index steps[4] = {0, grid.column_step, grid.row_step, static_cast<Index>(grid.row_step + grid.column_step)};
+  Corners<T, kSize> corners;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    if (kInterior || record.has_corner(c)) {
+      corners.vector[c] = map[place + steps[c]];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        corners.vector[c].element[i] = T(0);
+      }
+    }
+  }
+  return corners;
+}
+
+template <typename T>
+struct CornerWeights {
+  T weight[4];
+
+  template <typename Index>
+  __device__ __forceinline__ explicit CornerWeights(const Record<T, Index>& record)
+      : weight{
+            (T(1) - record.fraction_x) * record.top, record.fraction_x * record.top,
+            (T(1) - record.fraction_x) * record.bottom, record.fraction_x * record.bottom} {}
+};
+
+// Where a lane stands in the work: its pair, and which of the pair's vectors it reads first.
+template <typename Index>
+struct Place {
+  int64_t image;
+  Index group, row, column;
+  int32_t first_lane, lane;  // the pair's first lane in the warp, and this lane's number in the pair
+  bool warp_active, active;  // inactive lanes repeat the last pair's work and write nothing
+};
+
+template <int kWarps, typename Index>
+__device__ __forceinline__ Place<Index> find_place(const Partition<Index>& partition) {
+  const int32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int32_t slot = partition.lanes_divisor.divide(lane);
+  const Index block = static_cast<Index>(blockIdx.x);
+  const Index row = partition.chunk_divisor.divide(block);
+  const Index chunk = block - row * partition.chunk_divisor.divisor;
+  const Index image = partition.image_divisor.divide(row);
+  const Index slab = row - image * partition.image_divisor.divisor;
+
+  const Index first = (chunk * kWarps + warp) * partition.pairs_per_warp;
+  const Index last = partition.pairs - 1;
+  const Index wanted = first + slot;
+  const Index pair = wanted < last ? wanted : last;
+  const Index pixel = partition.slab_divisor.divide(pair);
+  const auto position = partition.order(pixel);
+  const bool whole = slot < partition.pairs_per_warp;  // lanes are left over where `lanes` does not divide 32
+  const int32_t first_lane = whole ? slot * partition.lanes : 0;
+
+  Place<Index> place;
+  place.image = image;
+  place.group = slab * partition.slab_groups + pair - pixel * partition.slab_groups;
+  place.row = position.row;
+  place.column = position.column;
+  place.first_lane = first_lane;
+  place.lane = lane - slot * partition.lanes;
+  place.warp_active = first <= last;
+  place.active = whole && wanted <= last;
+  return place;
+}
+
+}  // namespace dcnzoo
