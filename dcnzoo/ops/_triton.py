@@ -1,0 +1,562 @@
+"""DCNv4 in Triton: a GPU path that needs no compiler at installation, on CUDA, ROCm and XPU.
+
+One row of a program's tile is one output pixel of one group. A program holds a small rectangle of pixels, so that
+neighbours share what they read through the cache, times a few groups, so that a row of threads reads whole cache lines.
+A layer's geometry is constant in the compiled kernel, which keeps its floats exact; sizes and strides are arguments.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ARITHMETIC = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float32,
+    torch.bfloat16: tl.float32,
+}
+_UNSPECIALIZED = ('height', 'width', 'out_h', 'out_w')
+_INTERPRETED = triton.knobs.runtime.interpret
+_ROWS = 512 if _INTERPRETED else 64  # of a tile; interpreted programs are slow whatever their size
+# What matrix products are made in; the interpreter takes the bits of a bfloat16 for an integer.
+_HALVES = {torch.float16: tl.float16, torch.bfloat16: tl.float32 if _INTERPRETED else tl.bfloat16}
+_UNROLLED = 16  # kernels of more points run in a loop, for the compiler's sake
+
+
+@triton.jit
+def _rows(
+    out_h, out_w, GROUPS: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, TILE_G: tl.constexpr,
+    INDEX: tl.constexpr,
+):  # fmt: skip
+    """Image, row, column and group of every row of the program's tile, and which of them exist."""
+    rows = tl.arange(0, TILE_H * TILE_W * TILE_G)
+    block = tl.program_id(0)
+    blocks_g: tl.constexpr = (GROUPS + TILE_G - 1) // TILE_G
+    g = block % blocks_g * TILE_G + rows % TILE_G
+    block = block // blocks_g
+    blocks_w = tl.cdiv(out_w, TILE_W)
+    column = block % blocks_w * TILE_W + rows // TILE_G % TILE_W
+    block = block // blocks_w
+    blocks_h = tl.cdiv(out_h, TILE_H)
+    row = block % blocks_h * TILE_H + rows // (TILE_G * TILE_W)
+    n = (block // blocks_h).to(tl.int64)
+    return n, row.to(INDEX), column.to(INDEX), g.to(INDEX), (row < out_h) & (column < out_w) & (g < GROUPS)
+
+
+@triton.jit
+def _softmax_terms(scalars, real, POINTS: tl.constexpr, T: tl.constexpr):
+    """The two numbers a row that make exp(m - highest) * factor the softmax of its POINTS scalars."""
+    points = tl.arange(0, triton.next_power_of_2(POINTS))[None, :]
+    m = tl.load(scalars[:, None] + points, mask=real[:, None] & (points < POINTS), other=0.0).to(T)
+    m = tl.where(points < POINTS, m, -float('inf'))
+    highest = tl.max(m, 1)
+    return highest, 1.0 / tl.sum(tl.exp(m - highest[:, None]), 1)
+
+
+@triton.jit
+def _position(
+    packed, k, x0, y0, height, width, real,
+    KERNEL_H: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, SCALE: tl.constexpr,
+    SKIPPED: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Where sampling point k lies: which rows have it near the map, and its coordinates, 0 in the others."""
+    cell = k + (k >= SKIPPED)
+    dx = tl.load(packed + 2 * k, mask=real, other=0.0).to(T)
+    dy = tl.load(packed + 2 * k + 1, mask=real, other=0.0).to(T)
+    scale = tl.full((), SCALE, T)
+    x = x0 + (dx + cell // KERNEL_H * DILATION_W) * scale
+    y = y0 + (dy + cell % KERNEL_H * DILATION_H) * scale
+    inside = real & (x > -1) & (x < width) & (y > -1) & (y < height)
+    return inside, tl.where(inside, x, 0.0), tl.where(inside, y, 0.0)
+
+
+@triton.jit
+def _modulation(scalars, k, real, highest, factor, SOFTMAX: tl.constexpr, T: tl.constexpr):
+    m = tl.load(scalars + k, mask=real, other=0.0).to(T)
+    if SOFTMAX:
+        m = tl.exp(m - highest) * factor
+    return m
+
+
+@triton.jit
+def _cell(x, y, height, width, inside, INDEX: tl.constexpr):
+    """The four pixels around a point: the first one's column and row, the way from there, and which are on the map."""
+    left, top = tl.floor(x), tl.floor(y)
+    column, row = left.to(INDEX), top.to(INDEX)
+    on_left, on_right = inside & (column >= 0), inside & (column + 1 < width)
+    on_top, on_bottom = row >= 0, row + 1 < height
+    return (
+        column, row, x - left, y - top,
+        on_left & on_top, on_right & on_top, on_left & on_bottom, on_right & on_bottom,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _forward_kernel(
+    value, offset_mask, out, height, width, out_h, out_w, value_n, value_h, value_w, packed_n, packed_h, packed_w,
+    GROUPS: tl.constexpr, DEPTH: tl.constexpr, KERNEL_H: tl.constexpr, POINTS: tl.constexpr, SKIPPED: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    ORIGIN_H: tl.constexpr, ORIGIN_W: tl.constexpr, SCALE: tl.constexpr, SOFTMAX: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, TILE_G: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    INDEX: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    n, row, column, g, real = _rows(out_h, out_w, GROUPS, TILE_H, TILE_W, TILE_G, INDEX)
+    d = tl.arange(0, LANES)
+    channels = g[:, None] * DEPTH + d[None, :]
+    packed = offset_mask + n * packed_n + (row * packed_h + column * packed_w + g * (3 * POINTS))
+    value += n * value_n
+    x0 = (column * STRIDE_W).to(T) + tl.full((), ORIGIN_W, T)
+    y0 = (row * STRIDE_H).to(T) + tl.full((), ORIGIN_H, T)
+    highest, factor = 0.0, 1.0
+    if SOFTMAX:
+        highest, factor = _softmax_terms(packed + 2 * POINTS, real, POINTS, T)
+    total = tl.zeros((TILE_H * TILE_W * TILE_G, LANES), T)
+    for start in tl.range(0, POINTS, UNROLL):
+        for step in tl.static_range(UNROLL):
+            k = start + step
+            inside, x, y = _position(
+                packed, k, x0, y0, height, width, real, KERNEL_H, DILATION_H, DILATION_W, SCALE, SKIPPED, T
+            )
+            m = _modulation(packed + 2 * POINTS, k, real, highest, factor, SOFTMAX, T)
+            m = tl.where(inside, m, 0.0)
+            left, top, fx, fy, on00, on01, on10, on11 = _cell(x, y, height, width, inside, INDEX)
+            corner = value + ((top * value_h + left * value_w)[:, None] + channels)
+            there = d[None, :] < DEPTH
+            v00 = tl.load(corner, mask=on00[:, None] & there, other=0.0).to(T)
+            v01 = tl.load(corner + value_w, mask=on01[:, None] & there, other=0.0).to(T)
+            v10 = tl.load(corner + value_h, mask=on10[:, None] & there, other=0.0).to(T)
+            v11 = tl.load(corner + value_h + value_w, mask=on11[:, None] & there, other=0.0).to(T)
+            total += v00 * ((1 - fx) * (1 - fy) * m)[:, None]
+            total += v01 * (fx * (1 - fy) * m)[:, None]
+            total += v10 * ((1 - fx) * fy * m)[:, None]
+            total += v11 * (fx * fy * m)[:, None]
+    pixel = (n * out_h + row) * out_w + column
+    out += pixel[:, None] * (GROUPS * DEPTH) + channels
+    tl.store(out, total.to(out.dtype.element_ty), mask=real[:, None] & (d < DEPTH)[None, :])
+
+
+@triton.jit
+def _tap_gradients(
+    grad, value, grad_value, packed, k, x0, y0, height, width, value_h, value_w, real, channels, d, highest, factor,
+    DEPTH: tl.constexpr, GROUPS: tl.constexpr, KERNEL_H: tl.constexpr, POINTS: tl.constexpr, SKIPPED: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, SCALE: tl.constexpr, SOFTMAX: tl.constexpr,
+    SCATTER: tl.constexpr, INDEX: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Gradients of point k's offsets and modulation, before the softmax's own; adds its share to the value map's."""
+    inside, x, y = _position(
+        packed, k, x0, y0, height, width, real, KERNEL_H, DILATION_H, DILATION_W, SCALE, SKIPPED, T
+    )
+    p = _modulation(packed + 2 * POINTS, k, real, highest, factor, SOFTMAX, T)
+    m = tl.where(inside, p, 0.0)
+    left, top, fx, fy, on00, on01, on10, on11 = _cell(x, y, height, width, inside, INDEX)
+    corner = value + ((top * value_h + left * value_w)[:, None] + channels)
+    there = (d < DEPTH)[None, :]
+    on00, on01, on10, on11 = on00[:, None] & there, on01[:, None] & there, on10[:, None] & there, on11[:, None] & there
+    dot00 = tl.sum(grad * tl.load(corner, mask=on00, other=0.0).to(T), 1)
+    dot01 = tl.sum(grad * tl.load(corner + value_w, mask=on01, other=0.0).to(T), 1)
+    dot10 = tl.sum(grad * tl.load(corner + value_h, mask=on10, other=0.0).to(T), 1)
+    dot11 = tl.sum(grad * tl.load(corner + value_h + value_w, mask=on11, other=0.0).to(T), 1)
+    if SCATTER:
+        cell = grad_value + ((top * width + left)[:, None] * (GROUPS * DEPTH) + channels)
+        below = width.to(INDEX) * (GROUPS * DEPTH)
+        tl.atomic_add(cell, grad * ((1 - fx) * (1 - fy) * m)[:, None], mask=on00, sem='relaxed')
+        tl.atomic_add(cell + GROUPS * DEPTH, grad * (fx * (1 - fy) * m)[:, None], mask=on01, sem='relaxed')
+        tl.atomic_add(cell + below, grad * ((1 - fx) * fy * m)[:, None], mask=on10, sem='relaxed')
+        tl.atomic_add(cell + below + GROUPS * DEPTH, grad * (fx * fy * m)[:, None], mask=on11, sem='relaxed')
+    scale = tl.full((), SCALE, T)
+    grad_x = ((dot01 - dot00) * (1 - fy) + (dot11 - dot10) * fy) * (m * scale)
+    grad_y = ((dot10 - dot00) * (1 - fx) + (dot11 - dot01) * fx) * (m * scale)
+    grad_m = (dot00 * (1 - fx) + dot01 * fx) * (1 - fy) + (dot10 * (1 - fx) + dot11 * fx) * fy
+    return grad_x, grad_y, grad_m, p
+
+
+@triton.jit
+def _stack(columns, COUNT: tl.constexpr):
+    """COUNT tensors of R numbers, a power of two up to 64, as one of (R, COUNT)."""
+    for level in tl.static_range(1, 7):
+        if COUNT >> level > 0:
+            pairs = ()
+            for i in tl.static_range(COUNT >> level):
+                pairs += (tl.join(columns[i], columns[i + (COUNT >> level)]),)
+            columns = pairs
+    return columns[0].reshape(columns[0].shape[0], COUNT)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _backward_kernel(
+    grad_output, value, offset_mask, grad_value, grad_packed, height, width, out_h, out_w,
+    grad_n, grad_h, grad_w, value_n, value_h, value_w, packed_n, packed_h, packed_w, packed_channels,
+    GROUPS: tl.constexpr, DEPTH: tl.constexpr, KERNEL_H: tl.constexpr, POINTS: tl.constexpr, SKIPPED: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    ORIGIN_H: tl.constexpr, ORIGIN_W: tl.constexpr, SCALE: tl.constexpr, SOFTMAX: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, TILE_G: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    SCATTER: tl.constexpr, INDEX: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    n, row, column, g, real = _rows(out_h, out_w, GROUPS, TILE_H, TILE_W, TILE_G, INDEX)
+    d = tl.arange(0, LANES)
+    channels = g[:, None] * DEPTH + d[None, :]
+    packed = offset_mask + n * packed_n + (row * packed_h + column * packed_w + g * (3 * POINTS))
+    grad = grad_output + n * grad_n + ((row * grad_h + column * grad_w)[:, None] + channels)
+    grad = tl.load(grad, mask=real[:, None] & (d < DEPTH)[None, :], other=0.0).to(T)
+    value += n * value_n
+    grad_value += n * height * width * (GROUPS * DEPTH)
+    x0 = (column * STRIDE_W).to(T) + tl.full((), ORIGIN_W, T)
+    y0 = (row * STRIDE_H).to(T) + tl.full((), ORIGIN_H, T)
+    grad_packed += ((n * out_h + row) * out_w + column) * packed_channels + g * (3 * POINTS)
+    ELEMENT: tl.constexpr = grad_packed.dtype.element_ty
+    highest, factor, total = 0.0, 1.0, tl.zeros((TILE_H * TILE_W * TILE_G,), T)
+    if SOFTMAX:
+        highest, factor = _softmax_terms(packed + 2 * POINTS, real, POINTS, T)
+
+    if UNROLL == POINTS:
+        # The numbers of a row are collected, so that the tile goes out in whole lines.
+        offsets, scalars, shares = (), (), ()
+        for k in tl.static_range(POINTS):
+            grad_x, grad_y, grad_m, p = _tap_gradients(
+                grad, value, grad_value, packed, k, x0, y0, height, width, value_h, value_w, real, channels, d,
+                highest, factor, DEPTH, GROUPS, KERNEL_H, POINTS, SKIPPED, DILATION_H, DILATION_W, SCALE, SOFTMAX,
+                SCATTER, INDEX, T,
+            )  # fmt: skip
+            offsets += (grad_x.to(ELEMENT), grad_y.to(ELEMENT))
+            scalars += (grad_m,)
+            shares += (p,)
+            total += p * grad_m
+        columns = offsets
+        for k in tl.static_range(POINTS):
+            if SOFTMAX:
+                columns += ((shares[k] * (scalars[k] - total)).to(ELEMENT),)
+            else:
+                columns += (scalars[k].to(ELEMENT),)
+        COLUMNS: tl.constexpr = triton.next_power_of_2(3 * POINTS)
+        for _ in tl.static_range(COLUMNS - 3 * POINTS):
+            columns += (columns[0],)
+        tile = _stack(columns, COLUMNS)
+        column_index = tl.arange(0, COLUMNS)[None, :]
+        tl.store(grad_packed[:, None] + column_index, tile, mask=real[:, None] & (column_index < 3 * POINTS))
+    else:
+        if SOFTMAX:
+            for k in tl.range(0, POINTS):
+                _, _, grad_m, p = _tap_gradients(
+                    grad, value, grad_value, packed, k, x0, y0, height, width, value_h, value_w, real, channels, d,
+                    highest, factor, DEPTH, GROUPS, KERNEL_H, POINTS, SKIPPED, DILATION_H, DILATION_W, SCALE, SOFTMAX,
+                    False, INDEX, T,
+                )  # fmt: skip
+                total += p * grad_m
+        for k in tl.range(0, POINTS):
+            grad_x, grad_y, grad_m, p = _tap_gradients(
+                grad, value, grad_value, packed, k, x0, y0, height, width, value_h, value_w, real, channels, d,
+                highest, factor, DEPTH, GROUPS, KERNEL_H, POINTS, SKIPPED, DILATION_H, DILATION_W, SCALE, SOFTMAX,
+                SCATTER, INDEX, T,
+            )  # fmt: skip
+            if SOFTMAX:
+                grad_m = p * (grad_m - total)
+            tl.store(grad_packed + 2 * k, grad_x.to(ELEMENT), mask=real)
+            tl.store(grad_packed + 2 * k + 1, grad_y.to(ELEMENT), mask=real)
+            tl.store(grad_packed + 2 * POINTS + k, grad_m.to(ELEMENT), mask=real)
+
+
+@triton.jit
+def _scatter_far(
+    grad, grad_value, x, y, m, far, height, width, g, d,
+    GROUPS: tl.constexpr, DEPTH: tl.constexpr, POINTS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Adds the shares of the points in far, (R, 16), one column at a time."""
+    points = tl.arange(0, 16)[None, :]
+    grad = grad.to(tl.float32)
+    for k in tl.range(0, POINTS):
+        chosen = far & (points == k)
+        inside = tl.max(chosen.to(tl.int32), 1) > 0
+        x_k = tl.sum(tl.where(chosen, x, 0.0), 1)
+        y_k = tl.sum(tl.where(chosen, y, 0.0), 1)
+        m_k = tl.sum(tl.where(chosen, m, 0.0), 1)
+        left, top, fx, fy, on00, on01, on10, on11 = _cell(x_k, y_k, height, width, inside, INDEX)
+        cell = grad_value + ((top * width + left)[:, None] * (GROUPS * DEPTH) + (g * DEPTH + d))
+        below = width.to(INDEX) * (GROUPS * DEPTH)
+        there = d < DEPTH
+        tl.atomic_add(cell, grad * ((1 - fx) * (1 - fy) * m_k)[:, None], mask=on00[:, None] & there, sem='relaxed')
+        tl.atomic_add(
+            cell + GROUPS * DEPTH, grad * (fx * (1 - fy) * m_k)[:, None], mask=on01[:, None] & there, sem='relaxed'
+        )
+        tl.atomic_add(cell + below, grad * ((1 - fx) * fy * m_k)[:, None], mask=on10[:, None] & there, sem='relaxed')
+        tl.atomic_add(
+            cell + below + GROUPS * DEPTH, grad * (fx * fy * m_k)[:, None], mask=on11[:, None] & there, sem='relaxed'
+        )
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _window_kernel(
+    grad_output, offset_mask, grad_value, height, width, out_h, out_w,
+    grad_n, grad_h, grad_w, packed_n, packed_h, packed_w,
+    GROUPS: tl.constexpr, DEPTH: tl.constexpr, KERNEL_H: tl.constexpr, POINTS: tl.constexpr, SKIPPED: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    ORIGIN_H: tl.constexpr, ORIGIN_W: tl.constexpr, SCALE: tl.constexpr, SOFTMAX: tl.constexpr,
+    LANES: tl.constexpr, MARGIN_H: tl.constexpr, MARGIN_W: tl.constexpr, INDEX: tl.constexpr,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a half value map, gathered by matrix products before it meets other programs' shares.
+
+    A program takes 8 x 8 output pixels of one group. Whatever of the map their points touch nearly always lies in a
+    window of 16 x 16 pixels, over which the bilinear weight of a pixel is a product of two hat functions: one small
+    matrix product a pixel sums them over the points, a second one applies the sum to the output's gradient. One atomic
+    addition a pixel of the window is left. Points outside the window, and numbers that are too large for half a
+    float, go the way of the general kernel.
+    """
+    T: tl.constexpr = tl.float32
+    block = tl.program_id(0)
+    g = (block % GROUPS).to(INDEX)
+    block = block // GROUPS
+    blocks_w = tl.cdiv(out_w, 8)
+    first_column = (block % blocks_w * 8).to(INDEX)
+    block = block // blocks_w
+    blocks_h = tl.cdiv(out_h, 8)
+    first_row = (block % blocks_h * 8).to(INDEX)
+    n = (block // blocks_h).to(tl.int64)
+
+    left = tl.floor((first_column * STRIDE_W).to(T) + tl.full((), ORIGIN_W, T)) - MARGIN_W
+    top = tl.floor((first_row * STRIDE_H).to(T) + tl.full((), ORIGIN_H, T)) - MARGIN_H
+    d = tl.arange(0, LANES)[None, :]
+    axis = tl.arange(0, 16)
+    k = axis[None, :]
+    scale = tl.full((), SCALE, T)
+    cell = k + (k >= SKIPPED)
+    grid_x, grid_y = cell // KERNEL_H * DILATION_W, cell % KERNEL_H * DILATION_H
+    grad_value += n * height * width * (GROUPS * DEPTH)
+    sums = tl.zeros((256, LANES), T)
+    for start in tl.range(0, 64, 16):
+        pixels = start + tl.arange(0, 16)
+        row, column = first_row + pixels // 8, first_column + pixels % 8
+        real = (row < out_h) & (column < out_w)
+        packed = offset_mask + n * packed_n + (row * packed_h + column * packed_w + g * (3 * POINTS))
+        grad = grad_output + n * grad_n + ((row * grad_h + column * grad_w + g * DEPTH)[:, None] + d)
+        grad = tl.load(grad, mask=real[:, None] & (d < DEPTH), other=0.0)
+        finite = tl.sum(grad.to(T) * 0.0, 1) == 0.0
+        points = real[:, None] & (k < POINTS)
+        dx = tl.load(packed[:, None] + 2 * k, mask=points, other=0.0).to(T)
+        dy = tl.load(packed[:, None] + 2 * k + 1, mask=points, other=0.0).to(T)
+        m = tl.load(packed[:, None] + (2 * POINTS + k), mask=points, other=0.0).to(T)
+        if SOFTMAX:
+            m = tl.where(k < POINTS, m, -float('inf'))
+            m = tl.exp(m - tl.max(m, 1)[:, None])
+            m /= tl.sum(m, 1)[:, None]
+        x = ((column * STRIDE_W).to(T) + tl.full((), ORIGIN_W, T))[:, None] + (dx + grid_x) * scale
+        y = ((row * STRIDE_H).to(T) + tl.full((), ORIGIN_H, T))[:, None] + (dy + grid_y) * scale
+        inside = points & (x > -1) & (x < width) & (y > -1) & (y < height)
+        near = inside & (x >= left) & (x <= left + 15) & (y >= top) & (y <= top + 15)
+        near = near & (tl.abs(m) <= 2048) & finite[:, None]
+        from_left, from_top = tl.where(near, x - left, 0.0), tl.where(near, y - top, 0.0)
+        hat_x = tl.maximum(1 - tl.abs(from_left[:, :, None] - axis[None, None, :]), 0.0)
+        hat_y = tl.maximum(1 - tl.abs(from_top[:, None, :] - axis[None, :, None]), 0.0)
+        hat_y *= tl.where(near, m, 0.0)[:, None, :]
+        weights = tl.dot(hat_y.to(tl.float16), hat_x.to(tl.float16))
+        weights = tl.trans(tl.reshape(weights, (16, 256))).to(HALF)
+        sums = tl.dot(weights, tl.where(finite[:, None], grad, 0.0).to(HALF), sums)
+
+        far = inside & (near == 0)
+        if tl.max(tl.max(far.to(tl.int32), 1), 0) > 0:
+            _scatter_far(grad, grad_value, x, y, m, far, height, width, g, d, GROUPS, DEPTH, POINTS, INDEX)
+
+    place = tl.arange(0, 256)
+    row, column = top.to(INDEX) + place // 16, left.to(INDEX) + place % 16
+    touched = (row >= 0) & (row < height) & (column >= 0) & (column < width) & (tl.max(tl.abs(sums), 1) > 0)
+    cells = grad_value + ((row * width + column) * (GROUPS * DEPTH) + g * DEPTH)[:, None] + d
+    tl.atomic_add(cells, sums, mask=touched[:, None] & (d < DEPTH), sem='relaxed')
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _ordered_kernel(
+    grad_output, offset_mask, grad_value, height, width, out_h, out_w, bands,
+    grad_n, grad_h, grad_w, packed_n, packed_h, packed_w,
+    GROUPS: tl.constexpr, DEPTH: tl.constexpr, KERNEL_H: tl.constexpr, POINTS: tl.constexpr, SKIPPED: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    ORIGIN_H: tl.constexpr, ORIGIN_W: tl.constexpr, SCALE: tl.constexpr, SOFTMAX: tl.constexpr,
+    LANES: tl.constexpr, INDEX: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the value map in an order that does not change: a program owns some rows of one group of an image.
+
+    It goes through all output pixels in turn and adds what falls into its rows, without atomic additions.
+    """
+    block = tl.program_id(0)
+    first, last = block % bands * height // bands, (block % bands + 1) * height // bands
+    g = (block // bands % GROUPS).to(INDEX)
+    n = (block // bands // GROUPS).to(tl.int64)
+    one = tl.arange(0, 1)
+    d = tl.arange(0, LANES)[None, :]
+    there = d < DEPTH
+    real = one == 0
+    grad_value += n * height * width * (GROUPS * DEPTH) + g * DEPTH
+    highest, factor = 0.0, 1.0
+    for pixel in tl.range(0, out_h * out_w):
+        row, column = (one + pixel // out_w).to(INDEX), (one + pixel % out_w).to(INDEX)
+        packed = offset_mask + n * packed_n + (row * packed_h + column * packed_w + g * (3 * POINTS))
+        grad = grad_output + n * grad_n + ((row * grad_h + column * grad_w + g * DEPTH)[:, None] + d)
+        grad = tl.load(grad, mask=there, other=0.0).to(T)
+        x0 = (column * STRIDE_W).to(T) + tl.full((), ORIGIN_W, T)
+        y0 = (row * STRIDE_H).to(T) + tl.full((), ORIGIN_H, T)
+        if SOFTMAX:
+            highest, factor = _softmax_terms(packed + 2 * POINTS, real, POINTS, T)
+        for k in tl.range(0, POINTS):
+            inside, x, y = _position(
+                packed, k, x0, y0, height, width, real, KERNEL_H, DILATION_H, DILATION_W, SCALE, SKIPPED, T
+            )
+            inside = inside & (y >= first - 1) & (y < last)
+            if tl.max(inside.to(tl.int32), 0) > 0:
+                m = _modulation(packed + 2 * POINTS, k, real, highest, factor, SOFTMAX, T)
+                left, top, fx, fy, on00, on01, on10, on11 = _cell(x, y, height, width, inside, INDEX)
+                above, below = (top >= first) & (top < last), (top + 1 >= first) & (top + 1 < last)
+                on00, on01 = (on00 & above)[:, None] & there, (on01 & above)[:, None] & there
+                on10, on11 = (on10 & below)[:, None] & there, (on11 & below)[:, None] & there
+                c00 = grad_value + ((top * width + left)[:, None] * (GROUPS * DEPTH) + d)
+                c01 = c00 + GROUPS * DEPTH
+                c10, c11 = c00 + width.to(INDEX) * (GROUPS * DEPTH), c01 + width.to(INDEX) * (GROUPS * DEPTH)
+                s00 = tl.load(c00, mask=on00, other=0.0) + grad * ((1 - fx) * (1 - fy) * m)[:, None]
+                s01 = tl.load(c01, mask=on01, other=0.0) + grad * (fx * (1 - fy) * m)[:, None]
+                s10 = tl.load(c10, mask=on10, other=0.0) + grad * ((1 - fx) * fy * m)[:, None]
+                s11 = tl.load(c11, mask=on11, other=0.0) + grad * (fx * fy * m)[:, None]
+                tl.store(c00, s00, mask=on00)
+                tl.store(c01, s01, mask=on01)
+                tl.store(c10, s10, mask=on10)
+                tl.store(c11, s11, mask=on11)
+                tl.debug_barrier()  # the next point may read what another thread has written
+
+
+def dcnv4(value: Tensor, offset_mask: Tensor, *arguments) -> Tensor:
+    """DCNv4 aggregation; arguments are those of `dcnzoo.ops.reference.dcnv4`, taken as checked."""
+    value, offset_mask = _channels_contiguous(value), _channels_contiguous(offset_mask)
+    n, out_h, out_w, _ = offset_mask.shape
+    _, height, width, channels = value.shape
+    out = value.new_empty(n, out_h, out_w, channels)
+    constants = _constants(value, *arguments)
+    tile = _tile(constants['GROUPS'], constants['DEPTH'], value.element_size())
+    if n > 0:
+        with torch.accelerator.device_index(_index(value)):
+            _forward_kernel[(_programs(offset_mask, constants['GROUPS'], tile),)](
+                value, offset_mask, out, height, width, out_h, out_w, *value.stride()[:3], *offset_mask.stride()[:3],
+                **constants, **tile, UNROLL=_unrolled(constants['POINTS']), INDEX=_index_type(value, offset_mask, out),
+                T=_ARITHMETIC[value.dtype],
+            )  # fmt: skip
+    return out
+
+
+def dcnv4_backward(grad_output: Tensor, value: Tensor, offset_mask: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    """Gradients of `dcnv4` with respect to value and offset_mask.
+
+    Additions to the value map's gradient are atomic and their order varies, unless the last argument, `deterministic`,
+    is set: then every part of the map has one program that adds in a fixed order, which takes several times as long.
+    """
+    *arguments, deterministic = arguments
+    grad_output, value, offset_mask = map(_channels_contiguous, (grad_output, value, offset_mask))
+    n, out_h, out_w, packed_channels = offset_mask.shape
+    height, width = value.shape[1:3]
+    grad_packed = torch.empty_like(offset_mask, memory_format=torch.contiguous_format)
+    constants = _constants(value, *arguments)
+    groups, points = constants['GROUPS'], constants['POINTS']
+    grad_packed[..., 3 * groups * points :] = 0
+    dtype = torch.float32 if value.element_size() == 2 else value.dtype
+    grad_value = torch.zeros(value.shape, dtype=dtype, device=value.device)
+    if n == 0:
+        return grad_value.to(value.dtype), grad_packed
+
+    tile = _tile(groups, constants['DEPTH'], value.element_size())
+    sizes = height, width, out_h, out_w
+    grad_strides, packed_strides = grad_output.stride()[:3], offset_mask.stride()[:3]
+    common = {
+        **constants,
+        'LANES': tile['LANES'],
+        'INDEX': _index_type(grad_output, value, offset_mask, grad_value, grad_packed),
+    }
+    margins = None if deterministic else _window_margins(value, constants)
+    with torch.accelerator.device_index(_index(value)):
+        _backward_kernel[(_programs(offset_mask, groups, tile),)](
+            grad_output, value, offset_mask, grad_value, grad_packed, *sizes,
+            *grad_strides, *value.stride()[:3], *packed_strides, packed_channels,
+            **{**common, **tile}, UNROLL=_unrolled(points), SCATTER=not deterministic and margins is None,
+            T=_ARITHMETIC[value.dtype],
+        )  # fmt: skip
+        if deterministic:
+            bands = min(height, triton.cdiv(1024, n * groups))
+            _ordered_kernel[(n * groups * bands,)](
+                grad_output, offset_mask, grad_value, *sizes, bands, *grad_strides, *packed_strides,
+                **common, T=_ARITHMETIC[value.dtype], num_warps=1,
+            )  # fmt: skip
+        elif margins is not None:
+            common['LANES'] = max(16, common['LANES'])
+            _window_kernel[(n * groups * triton.cdiv(out_h, 8) * triton.cdiv(out_w, 8),)](
+                grad_output, offset_mask, grad_value, *sizes, *grad_strides, *packed_strides,
+                **common, MARGIN_H=margins[0], MARGIN_W=margins[1], HALF=_HALVES[value.dtype],
+                num_warps=8,
+            )  # fmt: skip
+    return grad_value.to(value.dtype), grad_packed
+
+
+def _constants(
+    value, groups, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, offset_scale,
+    remove_center, softmax,
+):  # fmt: skip
+    """What kernels are compiled for. ORIGIN is the first window's first point, before offsets."""
+    center_h, center_w = (dilation_h * (kernel_h - 1)) >> 1, (dilation_w * (kernel_w - 1)) >> 1
+    points = kernel_h * kernel_w - int(remove_center)
+    return {
+        'GROUPS': groups,
+        'DEPTH': value.shape[3] // groups,
+        'KERNEL_H': kernel_h,
+        'POINTS': points,
+        'SKIPPED': kernel_w // 2 * kernel_h + kernel_h // 2 if remove_center else points,
+        'STRIDE_H': stride_h,
+        'STRIDE_W': stride_w,
+        'DILATION_H': dilation_h,
+        'DILATION_W': dilation_w,
+        'ORIGIN_H': float(center_h - pad_h - center_h * offset_scale),
+        'ORIGIN_W': float(center_w - pad_w - center_w * offset_scale),
+        'SCALE': float(offset_scale),
+        'SOFTMAX': softmax,
+    }
+
+
+def _tile(groups: int, depth: int, element_size: int) -> dict[str, int]:
+    """Pixels and groups of a program of four warps, for loads of 16 bytes a thread and lines of 128 bytes."""
+    lanes = triton.next_power_of_2(depth)
+    rows = max(1, min(_ROWS, 32 * _ROWS // element_size // lanes))
+    tile_g = min(rows, triton.next_power_of_2(groups), max(1, 128 // element_size // lanes))
+    pixels = rows // tile_g
+    tile_h = 1 << (pixels.bit_length() - 1) // 2
+    return {'TILE_H': tile_h, 'TILE_W': pixels // tile_h, 'TILE_G': tile_g, 'LANES': lanes}
+
+
+def _programs(offset_mask: Tensor, groups: int, tile: dict[str, int]) -> int:
+    n, out_h, out_w, _ = offset_mask.shape
+    blocks = map(triton.cdiv, (out_h, out_w, groups), (tile['TILE_H'], tile['TILE_W'], tile['TILE_G']))
+    return n * math.prod(blocks)
+
+
+def _unrolled(points: int) -> int:
+    return points if points <= _UNROLLED else 1
+
+
+def _window_margins(value: Tensor, constants: dict) -> tuple[int, int] | None:
+    """Pixels between the reach of 8 x 8 windows without offsets and the rim of 16 x 16 pixels, where it pays."""
+    points, kernel_h = constants['POINTS'], constants['KERNEL_H']
+    if value.element_size() != 2 or not 16 <= constants['DEPTH'] <= 64 or points > 16:
+        return None
+    kernel_w = triton.cdiv(points, kernel_h)
+    margins = []
+    for axis, kernel in (('H', kernel_h), ('W', kernel_w)):
+        reach = 7 * constants[f'STRIDE_{axis}'] + (kernel - 1) * constants[f'DILATION_{axis}'] * constants['SCALE']
+        margins.append((15 - math.ceil(reach)) // 2)
+    return tuple(margins) if min(margins) >= 1 else None
+
+
+def _index_type(*tensors: Tensor) -> tl.dtype:
+    """The type of offsets within one image: int32 where all of them fit."""
+    spans = (sum(size * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in tensors)
+    return tl.int32 if max(spans) < 2**31 else tl.int64
+
+
+def _index(tensor: Tensor) -> int | None:
+    return tensor.device.index if tensor.device.type != 'cpu' else None
+
+
+def _channels_contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
