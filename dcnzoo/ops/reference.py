@@ -97,6 +97,39 @@ def dcnv4_backward(
     return grad_value.to(value.dtype), grad_offset_mask.to(offset_mask.dtype).contiguous()
 
 
+def dynamic_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    routing: Tensor,
+    bias: Tensor | None,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """Dynamic convolution: each sample's patches times its mixture of the expert kernels.
+
+    See `dcnzoo.ops.dynamic_conv2d` for the meaning of the arguments; here they are taken as checked. Half types are
+    computed in float32.
+    """
+    dtype = _arithmetic(x.dtype)
+    n = x.shape[0]
+    out_h, out_w = (
+        (size + 2 * pad - (distance * (kernel - 1) + 1)) // step + 1
+        for size, kernel, step, pad, distance in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
+    )
+    columns = x.shape[1] // groups * kernel_size[0] * kernel_size[1]
+    out_channels = weight.shape[1] // columns
+    patches = torch.nn.functional.unfold(x.to(dtype), kernel_size, dilation, padding, stride)
+    patches = patches.reshape(n, groups, columns, out_h * out_w)
+    kernels = (routing.to(dtype) @ weight.to(dtype)).reshape(n, groups, out_channels // groups, columns)
+    out = (kernels @ patches).reshape(n, out_channels, out_h, out_w)
+    if bias is not None:
+        out = out + (routing.to(dtype) @ bias.to(dtype)).reshape(n, out_channels, 1, 1)
+    return out.to(x.dtype)
+
+
 def _arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 

@@ -109,7 +109,7 @@ def test_default_cfg(name):
     assert cfg['first_conv'] + '.weight' in keys
     assert tuple(cfg['pool_size']) == tuple(math.ceil(size / 32) for size in cfg['input_size'][1:])
     assert model.get_classifier() is model.get_submodule(cfg['classifier'])
-    assert cfg['crop_pct'] == 1.0 and cfg['interpolation'] == 'bicubic'
+    assert cfg['crop_pct'] in (0.875, 1.0) and cfg['interpolation'] == 'bicubic'
     assert cfg['paper_ids'] and cfg['architecture'] == name
 
 
@@ -135,10 +135,14 @@ def test_feature_map_pooling_and_head(name):
     assert model(x).shape == (1, 7)
 
     model.reset_classifier(0, '')
-    assert_same(model(x), features)
+    unpooled = model(x)
+    assert unpooled.shape == (1, model.head_hidden_size, side, side)
+    assert_same(unpooled, model.forward_head(features))
+    if model.head_hidden_size == model.num_features:
+        assert_same(unpooled, features)
 
     model = timm.create_model(name, num_classes=0, global_pool='').eval()
-    assert model(x).shape == features.shape
+    assert model(x).shape == unpooled.shape
 
 
 @pytest.mark.parametrize('name', UP_TO_SMALL)
@@ -302,7 +306,9 @@ def test_any_input_size(name, size):
 @torch.no_grad()
 def test_output_stride(name, output_stride):
     model = create(name, output_stride=output_stride)
-    assert [info['reduction'] for info in model.feature_info] == [min(4 * 2**i, output_stride) for i in range(4)]
+    reductions = [info['reduction'] for info in create(name).feature_info]
+    assert reductions in ([4, 8, 16, 32], [2, 4, 8, 16, 32])
+    assert [info['reduction'] for info in model.feature_info] == [min(stride, output_stride) for stride in reductions]
     features = model.forward_intermediates(images(), intermediates_only=True)
     for info, feature in zip(model.feature_info, features, strict=True):
         assert feature.shape[2:] == (SIZE // info['reduction'],) * 2
@@ -394,7 +400,8 @@ def test_group_matcher(name, coarse):
     assert layers[model.default_cfg['first_conv'] + '.weight'] == 0
     last = max(layers.values())
     assert layers[model.default_cfg['classifier'] + '.weight'] == last
-    blocks = sum(len(stage.blocks) for stage in model.stages) if not coarse else len(model.stages)
+    stages = model.stages if hasattr(model, 'stages') else model.blocks
+    blocks = len(stages) if coarse else sum(len(getattr(stage, 'blocks', stage)) for stage in stages)
     assert last == blocks + 1
 
 
@@ -427,11 +434,12 @@ def test_compile_fullgraph(name, backend):
 
 
 @pytest.mark.parametrize('name', TEST_SIZED)
+@torch.no_grad()
 def test_compile_with_changing_sizes(name):
     torch._dynamo.reset()
     model = create(name)
-    compiled = torch.compile(model, fullgraph=True, backend='aot_eager', dynamic=True)
-    for batch, size in ((2, 64), (3, 96), (4, (64, 128))):
+    compiled = torch.compile(model, fullgraph=True, backend='eager', dynamic=True)
+    for batch, size in ((2, (64, 96)), (3, (96, 160))):
         assert_same(compiled(images(batch, size)), model(images(batch, size)))
 
 

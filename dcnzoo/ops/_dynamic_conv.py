@@ -1,0 +1,250 @@
+"""Dynamic convolution: the public function, its checks, and the choice of an algorithm. Standard operators throughout."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._jit_internal import BroadcastingList2
+from torch.overrides import handle_torch_function, has_torch_function
+
+from ._dcnv4 import _is_int, _pair, output_size
+from ._library import exporting
+
+
+def dynamic_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    routing: Tensor,
+    bias: Tensor | None = None,
+    kernel_size: BroadcastingList2[int] = 3,
+    stride: BroadcastingList2[int] = 1,
+    padding: BroadcastingList2[int] = 1,
+    dilation: BroadcastingList2[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolves each sample with its own mixture of expert kernels.
+
+    The kernel of sample n is the sum over experts e of ``routing[n, e] * weight[e]``, as in
+    `CondConv <https://arxiv.org/abs/1904.04971>`_ and `ParameterNet <https://arxiv.org/abs/2306.14525>`_.
+
+    All but the first four arguments are passed by keyword; sizes are ints or (height, width) pairs.
+
+    Args:
+        x: Input, (N, C, H, W), contiguous or channels_last, of any floating dtype.
+        weight: Kernels of the E experts, each flattened, (E, Cout * C / groups * kh * kw).
+        routing: Share of each expert in each sample's kernel, (N, E).
+        bias: Biases of the experts, (E, Cout), mixed as the kernels are; None for none.
+        kernel_size: Size of the kernels.
+        stride: Step of the output grid in pixels of the input.
+        padding: Rows and columns of zeros around the input; or 'same' for as many as give ceil(H / stride) rows, the odd
+            one below; or '' for equally many on both sides, which is the same for odd kernels and stride 1. TorchScript
+            takes no strings here.
+        dilation: Distance of the kernel's taps in pixels.
+        groups: Number of groups of channels that are convolved apart.
+
+    Returns:
+        The output, (N, Cout, Ho, Wo).
+
+    Raises:
+        ValueError: A shape, device, size or group count does not fit.
+        TypeError: A dtype or the type of an argument does not fit.
+    """
+    if torch.jit.is_scripting():
+        return _convolve(x, weight, routing, bias, kernel_size, stride, padding, dilation, groups)
+    else:
+        return _dynamic_conv2d(x, weight, routing, bias, kernel_size, stride, padding, dilation, groups)
+
+
+def _dynamic_conv2d(x, weight, routing, bias, kernel_size, stride, padding, dilation, groups):
+    operands = (x, weight, routing, bias)
+    if has_torch_function(operands):
+        return handle_torch_function(
+            dynamic_conv2d,
+            operands,
+            *operands,
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+        )
+    kernel_size, stride = _pair('kernel_size', kernel_size, 1), _pair('stride', stride, 1)
+    dilation = _pair('dilation', dilation, 1)
+    if not torch.jit.is_tracing():  # a trace knows no sizes to check
+        _check(x, weight, routing, bias, kernel_size, groups)
+    if padding == 'same':
+        x, padding = pad_same(x, kernel_size, stride, dilation), (0, 0)
+    else:
+        padding = symmetric_padding(kernel_size, stride, dilation) if padding == '' else _pair('padding', padding, 0)
+    if not torch.jit.is_tracing():
+        _check_fit(x, kernel_size, stride, padding, dilation)
+
+    arguments = (x, weight, routing, bias, kernel_size, stride, padding, dilation, groups)
+    if exporting() and not _is_fixed(x.shape[0]):
+        return _sum_over_taps(*arguments)
+    if torch.jit.is_tracing():
+        return _scripted()(*arguments)
+    return _convolve(*arguments)
+
+
+def pad_same(x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
+    """Pads (N, C, H, W) with zeros such that a convolution has ceil(H / stride) rows; an odd row goes below."""
+    height, width = x.shape[2], x.shape[3]
+    rows = ((height + stride[0] - 1) // stride[0] - 1) * stride[0] + dilation[0] * (kernel_size[0] - 1) + 1 - height
+    columns = ((width + stride[1] - 1) // stride[1] - 1) * stride[1] + dilation[1] * (kernel_size[1] - 1) + 1 - width
+    rows, columns = max(rows, 0), max(columns, 0)
+    return F.pad(x, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
+
+
+def symmetric_padding(
+    kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[int, int]:
+    """timm's padding for '': as much on both sides as keeps the size at stride 1 and odd kernels."""
+    height, width = (
+        (step - 1 + distance * (size - 1)) // 2
+        for size, step, distance in zip(kernel_size, stride, dilation, strict=True)
+    )
+    return height, width
+
+
+def _is_fixed(size) -> bool:
+    """Whether a size of a tensor is known while a graph is recorded, not a symbol or a traced value."""
+    return isinstance(size, int) and not torch.jit.is_tracing()
+
+
+@functools.cache
+def _scripted():
+    """The choice of the algorithm, compiled such that a trace keeps it instead of what it chose for its example."""
+    return torch.jit.script(_convolve)
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    routing: Tensor,
+    bias: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    n, channels = x.shape[0], x.shape[1]
+    taps = kernel_size[0] * kernel_size[1]
+    kernels = torch.matmul(routing, weight)
+    out_channels = weight.shape[1] * groups // (channels * taps)
+    biases: Tensor | None = None
+    if bias is not None:
+        biases = torch.matmul(routing, bias)
+
+    if n == 1:
+        kernel = kernels.view(out_channels, channels // groups, kernel_size[0], kernel_size[1])
+        if biases is not None:
+            biases = biases.view(out_channels)
+        return F.conv2d(x, kernel, biases, stride, padding, dilation, groups)
+
+    if taps == 1 and groups == 1 and padding[0] == 0 and padding[1] == 0:
+        if stride[0] > 1 or stride[1] > 1:
+            x = x[:, :, :: stride[0], :: stride[1]]
+        height, width = x.shape[2], x.shape[3]
+        kernels = kernels.view(n, out_channels, channels)
+        if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+            pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
+            if biases is None:
+                out = torch.bmm(pixels, kernels.transpose(1, 2))
+            else:
+                out = torch.baddbmm(biases.unsqueeze(1), pixels, kernels.transpose(1, 2))
+            return out.view(n, height, width, out_channels).permute(0, 3, 1, 2)
+        if biases is None:
+            out = torch.bmm(kernels, x.flatten(2))
+        else:
+            out = torch.baddbmm(biases.unsqueeze(2), kernels, x.flatten(2))
+        return out.view(n, out_channels, height, width)
+
+    if n == 0:  # no kernel to mix, and still a graph for the gradients: zeros
+        kernel = kernels.sum(0).view(out_channels, channels // groups, kernel_size[0], kernel_size[1])
+        return F.conv2d(x, kernel, None, stride, padding, dilation, groups)
+
+    # One group of channels per sample.
+    kernels = kernels.view(n * out_channels, channels // groups, kernel_size[0], kernel_size[1])
+    if biases is not None:
+        biases = biases.view(n * out_channels)
+    x = x.reshape(1, n * channels, x.shape[2], x.shape[3])
+    out = F.conv2d(x, kernels, biases, stride, padding, dilation, n * groups)
+    return out.view(n, out_channels, out.shape[2], out.shape[3])
+
+
+def _sum_over_taps(x, weight, routing, bias, kernel_size, stride, padding, dilation, groups):
+    """The convolution as one product per tap of the kernel, the same graph for every size of the batch.
+
+    A convolution's number of groups is fixed in exported formats, so that samples cannot become groups there.
+    """
+    n, channels = x.shape[0], x.shape[1]
+    kernel_h, kernel_w = kernel_size
+    out_channels = weight.shape[1] * groups // (channels * kernel_h * kernel_w)
+    out_h = output_size(x.shape[2], kernel_h, stride[0], padding[0], dilation[0])
+    out_w = output_size(x.shape[3], kernel_w, stride[1], padding[1], dilation[1])
+    kernels = torch.matmul(routing, weight)
+    kernels = kernels.reshape(n, groups, out_channels // groups, channels // groups, kernel_h * kernel_w)
+    x = F.pad(x, [padding[1], padding[1], padding[0], padding[0]])
+    out = None
+    for tap in range(kernel_h * kernel_w):
+        top, left = tap // kernel_w * dilation[0], tap % kernel_w * dilation[1]
+        window = x[:, :, top : top + (out_h - 1) * stride[0] + 1, left : left + (out_w - 1) * stride[1] + 1]
+        window = window[:, :, :: stride[0], :: stride[1]].reshape(n, groups, channels // groups, out_h * out_w)
+        kernel = kernels[..., tap]
+        product = kernel * window if channels == groups else kernel @ window
+        out = product if out is None else out + product
+    out = out.reshape(n, out_channels, out_h, out_w)
+    return out if bias is None else out + torch.matmul(routing, bias).reshape(n, out_channels, 1, 1)
+
+
+def _check(x, weight, routing, bias, kernel_size, groups):
+    """Raises ValueError or TypeError for tensors that do not fit together."""
+    tensors = {'x': x, 'weight': weight, 'routing': routing} | ({} if bias is None else {'bias': bias})
+    axes = {'x': '(N, C, H, W)', 'weight': '(E, Cout * C / groups * kh * kw)', 'routing': '(N, E)', 'bias': '(E, Cout)'}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f'{name} must be a tensor, got {type(tensor).__name__}')
+        if not tensor.is_floating_point():
+            raise TypeError(f'{name} must have a floating dtype, got {tensor.dtype}')
+        if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+        if tensor.ndim != (4 if name == 'x' else 2):
+            raise ValueError(f'{name} must have shape {axes[name]}, got {tuple(tensor.shape)}')
+
+    n, channels, height, width = x.shape
+    experts, count = weight.shape
+    if not _is_int(groups):
+        raise TypeError(f'groups must be an int, got {groups!r}')
+    if height < 1 or width < 1 or channels < 1:
+        raise ValueError(f'x must have at least one row, column and channel, got shape {tuple(x.shape)}')
+    if groups < 1 or channels % groups != 0:
+        raise ValueError(f"groups must be positive and divide x's {channels} channels, got {groups}")
+    if tuple(routing.shape) != (n, experts) or experts < 1:
+        raise ValueError(
+            f'routing must have shape (N, E) = ({n}, {experts}) for {n} samples and {experts} experts, '
+            f'got {tuple(routing.shape)}'
+        )
+    per_channel = channels // groups * kernel_size[0] * kernel_size[1]
+    if count < 1 or count % (per_channel * groups) != 0:
+        raise ValueError(
+            f'weight must have a multiple of C * kh * kw = {channels} * {kernel_size[0]} * {kernel_size[1]} columns '
+            f'for x of shape {tuple(x.shape)} and {groups} groups, got shape {tuple(weight.shape)}'
+        )
+    if bias is not None and tuple(bias.shape) != (experts, count // per_channel):
+        raise ValueError(
+            f'bias must have shape (E, Cout) = ({experts}, {count // per_channel}), got {tuple(bias.shape)}'
+        )
+
+
+def _check_fit(x, kernel_size, stride, padding, dilation):
+    sizes = (output_size(*size) for size in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True))
+    if not all(size >= 1 for size in sizes):
+        raise ValueError(
+            f'kernel_size {tuple(kernel_size)} with dilation {tuple(dilation)} and padding {tuple(padding)} does not '
+            f'fit into an input of {x.shape[2]} x {x.shape[3]} pixels'
+        )
