@@ -71,9 +71,11 @@ __global__ void __launch_bounds__(kWarps * kWarp, kBlocks)
   C common = 0;
   for (int pass = grid.softmax ? 0 : 1; pass < 2; ++pass) {
     C own_common = 0;
-    Point<C> next{};
+    PointReader<Offset> reader(packed, place.lane, lanes, points);
+    GridWalk<C, Index> walk(grid, place.lane);
+    Point<Offset> next{};
     if (place.lane < points) {
-      next = read_point<C>(packed, place.lane, points);
+      next = reader.next();
     }
     int buffer = 0;
     for (int32_t first = 0; first < points; first += lanes, buffer ^= 1) {
@@ -82,16 +84,18 @@ __global__ void __launch_bounds__(kWarps * kWarp, kBlocks)
       Sample<C, Index> sample{};
       bool interior = true;
       if (own < points) {
-        mask = grid.softmax ? softmax(next.mask) : next.mask;
-        sample = dcnzoo::place(grid, window_y, window_x, own, next, mask);
+        const C raw = static_cast<C>(next.mask);
+        mask = grid.softmax ? softmax(raw) : raw;
+        sample = dcnzoo::place(grid, window_y, window_x, walk, next, mask);
         interior = sample.is_interior();
         shared_records[warp][buffer][lane] = Record<C, Index>(sample, grid);
         if (kScatter) {
           shared_pixels[warp][buffer][lane] = sample.y.low * grid.width + sample.x.low;
         }
       }
+      walk.advance(grid);
       if (own + lanes < points) {
-        next = read_point<C>(packed, own + lanes, points);
+        next = reader.next();
       }
       __syncwarp();
 
@@ -203,6 +207,8 @@ template <typename T, typename Offset, int kSize, typename Index, bool kScatter>
 void run(
     const DeviceScope& device, const Geometry& geometry, const Tensor& grad_output, const Tensor& value,
     const Tensor& offset_mask, Tensor* grad_value, Tensor& grad_offset_mask) {
+  const Partition<Index> partition(
+      geometry.batch, geometry.out_height, geometry.out_width, geometry.groups, geometry.group_width, kSize, kWarps);
   const Backward<T, Offset, Index> call{
       grad_output,
       value,
@@ -214,12 +220,10 @@ void run(
       geometry.channels,
       geometry.group_width,
       geometry.offset_mask_size,
-      Grid<Compute<T>, Index>(geometry, value.stride(1) / kSize, value.stride(2) / kSize),
-      Partition<Index>(
-          geometry.batch, geometry.out_height, geometry.out_width, geometry.groups, geometry.group_width, kSize,
-          kWarps)};
+      Grid<Compute<T>, Index>(geometry, value.stride(1) / kSize, value.stride(2) / kSize, partition.lanes),
+      partition};
   device.launch(
-      backward_kernel<T, Offset, kSize, Index, kScatter>, call.partition.blocks, kWarps * kWarp, call);
+      backward_kernel<T, Offset, kSize, Index, kScatter>, partition.blocks, kWarps * kWarp, call);
 }
 
 }  // namespace

@@ -51,22 +51,25 @@ __global__ void __launch_bounds__(kWarps * kWarp, kBlocks)
     C total[kSize] = {};
 
     // Each lane places one point out of every `lanes`, and reads the next one's numbers ahead.
-    Point<C> next{};
+    PointReader<Offset> reader(packed, place.lane, lanes, points);
+    GridWalk<C, Index> walk(grid, place.lane);
+    Point<Offset> next{};
     if (place.lane < points) {
-      next = read_point<C>(packed, place.lane, points);
+      next = reader.next();
     }
     int buffer = 0;
     for (int32_t first = 0; first < points; first += lanes, buffer ^= 1) {
       bool interior = true;
       const int32_t own = first + place.lane;
       if (own < points) {
-        const C mask = grid.softmax ? softmax(next.mask) : next.mask;
-        const auto sample = dcnzoo::place(grid, window_y, window_x, own, next, mask);
+        const C raw = static_cast<C>(next.mask), mask = grid.softmax ? softmax(raw) : raw;
+        const auto sample = dcnzoo::place(grid, window_y, window_x, walk, next, mask);
         interior = sample.is_interior();
         records[buffer][threadIdx.x % kWarp] = Record<C, Index>(sample, grid);
       }
+      walk.advance(grid);
       if (own + lanes < points) {
-        next = read_point<C>(packed, own + lanes, points);
+        next = reader.next();
       }
       __syncwarp();
 
@@ -109,6 +112,8 @@ template <typename T, typename Offset, int kSize, typename Index>
 void run(
     const DeviceScope& device, const Geometry& geometry, const Tensor& value, const Tensor& offset_mask,
     Tensor& output) {
+  const Partition<Index> partition(
+      geometry.batch, geometry.out_height, geometry.out_width, geometry.groups, geometry.group_width, kSize, kWarps);
   const Forward<T, Offset, Index> call{
       value,
       offset_mask,
@@ -117,11 +122,9 @@ void run(
       static_cast<Index>(geometry.out_width),
       geometry.channels,
       geometry.group_width,
-      Grid<Compute<T>, Index>(geometry, value.stride(1) / kSize, value.stride(2) / kSize),
-      Partition<Index>(
-          geometry.batch, geometry.out_height, geometry.out_width, geometry.groups, geometry.group_width, kSize,
-          kWarps)};
-  device.launch(forward_kernel<T, Offset, kSize, Index>, call.partition.blocks, kWarps * kWarp, call);
+      Grid<Compute<T>, Index>(geometry, value.stride(1) / kSize, value.stride(2) / kSize, partition.lanes),
+      partition};
+  device.launch(forward_kernel<T, Offset, kSize, Index>, partition.blocks, kWarps * kWarp, call);
 }
 
 }  // namespace

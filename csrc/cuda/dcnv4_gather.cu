@@ -81,15 +81,16 @@ __device__ __forceinline__ void visit_samples(
   if (call.grid.softmax && exists) {
     softmax = read_softmax<C>(call.offset_mask.at(image, row, column) + group * 3 * points, points);
   }
+  GridWalk<C, Index> walk(call.grid, 0);
   for (int32_t first = 0; first < points; first += kTaps) {
     const int32_t count = points - first < kTaps ? points - first : kTaps;
     __syncwarp();
     stage_points(call, image, group, chunk_row, chunk_column, first, count, stage);
     __syncwarp();
-    for (int32_t tap = 0; exists && tap < count; ++tap) {
-      const Point<C> raw{stage[2 * tap][lane], stage[2 * tap + 1][lane], stage[2 * kTaps + tap][lane]};
-      const C mask = call.grid.softmax ? softmax(raw.mask) : raw.mask;
-      const auto sample = place(call.grid, window_y, window_x, first + tap, raw, mask);
+    for (int32_t tap = 0; exists && tap < count; ++tap, walk.advance(call.grid)) {
+      const Point<C> point{stage[2 * tap][lane], stage[2 * tap + 1][lane], stage[2 * kTaps + tap][lane]};
+      const C mask = call.grid.softmax ? softmax(point.mask) : point.mask;
+      const auto sample = place(call.grid, window_y, window_x, walk, point, mask);
       if (sample.on_map()) {
         visit(sample);
       }
@@ -469,7 +470,7 @@ void run(
       Divisor<Index>(partition.chunk_columns),
       Divisor<Index>(partition.tiles),
       Divisor<Index>(partition.tile_columns),
-      Grid<Compute<T>, Index>(geometry, 0, 0)};
+      Grid<Compute<T>, Index>(geometry, 0, 0, 1)};
   device.launch(
       extent_kernel<T, Offset, Index>, divide_up(planes * partition.chunks, kExtentWarps), kExtentWarps * kWarp, call,
       planes * partition.chunks);

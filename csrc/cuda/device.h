@@ -31,6 +31,22 @@ struct alignas(sizeof(T) * kSize) Vector {
 template <typename T>
 constexpr int kWide = 16 / sizeof(T);
 
+// Keeps a pointer to global memory in its register: the compiler would rather compute it afresh, at every use.
+template <typename T>
+__device__ __forceinline__ T* keep(T* pointer) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
+// The largest integer not above a number; for one that is not finite, or too large, some integer.
+__device__ __forceinline__ void round_down(float number, int32_t& rounded) { rounded = __float2int_rd(number); }
+__device__ __forceinline__ void round_down(float number, int64_t& rounded) { rounded = __float2ll_rd(number); }
+__device__ __forceinline__ void round_down(double number, int32_t& rounded) { rounded = __double2int_rd(number); }
+__device__ __forceinline__ void round_down(double number, int64_t& rounded) { rounded = __double2ll_rd(number); }
+
 // Adds to global memory without returning the old values; four at a time where the device can.
 template <int kSize>
 __device__ __forceinline__ void add_to(float* address, const float (&term)[kSize]) {

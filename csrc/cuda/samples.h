@@ -7,16 +7,20 @@
 
 namespace dcnzoo {
 
-// What a kernel needs to place the sampling points; lengths in vectors of the value map, times and sizes in pixels.
+// What a kernel needs to place the sampling points; the map's steps in vectors. A lane's points are `point_step` apart,
+// which is whole_columns columns and a few rows of the kernel's grid.
 template <typename T, typename Index>
 struct Grid {
   Index height, width, row_step, column_step;
   T origin_y, origin_x, stride_y, stride_x, scale;
-  int32_t points, center, dilation_h, dilation_w;  // center is the first point behind a centre left out
+  int32_t points, point_step;
+  int32_t center;  // the cell left out of the kernel's grid, or one behind its last
   Divisor<int32_t> kernel_h;
+  T dilation_y, dilation_x, column_height;     // in pixels
+  T step_y, step_x;
   bool softmax;
 
-  Grid(const Geometry& geometry, int64_t row_step, int64_t column_step)
+  Grid(const Geometry& geometry, int64_t row_step, int64_t column_step, int64_t point_step)
       : height(static_cast<Index>(geometry.height)),
         width(static_cast<Index>(geometry.width)),
         row_step(static_cast<Index>(row_step)),
@@ -29,27 +33,78 @@ struct Grid {
         stride_x(static_cast<T>(geometry.stride_w)),
         scale(static_cast<T>(geometry.offset_scale)),
         points(static_cast<int32_t>(geometry.points)),
-        center(
-            geometry.remove_center
-                ? static_cast<int32_t>((geometry.kernel_w / 2) * geometry.kernel_h + geometry.kernel_h / 2)
-                : points),
-        dilation_h(static_cast<int32_t>(geometry.dilation_h)),
-        dilation_w(static_cast<int32_t>(geometry.dilation_w)),
+        point_step(static_cast<int32_t>(point_step)),
+        center(static_cast<int32_t>(
+            geometry.remove_center ? (geometry.kernel_w / 2) * geometry.kernel_h + geometry.kernel_h / 2
+                                   : geometry.kernel_h * geometry.kernel_w)),
         kernel_h(geometry.kernel_h),
+        dilation_y(static_cast<T>(geometry.dilation_h)),
+        dilation_x(static_cast<T>(geometry.dilation_w)),
+        column_height(static_cast<T>(geometry.dilation_h * geometry.kernel_h)),
+        step_y(static_cast<T>(geometry.dilation_h * (point_step % geometry.kernel_h))),
+        step_x(static_cast<T>(geometry.dilation_w * (point_step / geometry.kernel_h))),
         softmax(geometry.softmax) {}
 };
 
-// The numbers of one sampling point as they stand in memory.
-template <typename T>
-struct Point {
-  T dx, dy, mask;
+// A lane's place in the kernel's grid: points run down its columns.
+template <typename T, typename Index>
+class GridWalk {
+ public:
+  T y, x;  // in pixels
+
+  __device__ __forceinline__ GridWalk(const Grid<T, Index>& grid, int32_t point)
+      : cell_(point + (point >= grid.center ? 1 : 0)) {
+    const int32_t column = grid.kernel_h.divide(cell_);
+    y = static_cast<T>(cell_ - column * grid.kernel_h.divisor) * grid.dilation_y;
+    x = static_cast<T>(column) * grid.dilation_x;
+  }
+  __device__ __forceinline__ void advance(const Grid<T, Index>& grid) {
+    move(grid, grid.step_y, grid.step_x);
+    const bool before = cell_ < grid.center;
+    cell_ += grid.point_step;
+    if (before && cell_ >= grid.center) {
+      const bool next_column = grid.kernel_h.divisor == 1;
+      ++cell_;
+      move(grid, next_column ? T(0) : grid.dilation_y, next_column ? grid.dilation_x : T(0));
+    }
+  }
+
+ private:
+  int32_t cell_;
+
+  __device__ __forceinline__ void move(const Grid<T, Index>& grid, T step_y, T step_x) {
+    y += step_y;
+    x += step_x;
+    if (y >= grid.column_height) {
+      y -= grid.column_height;
+      x += grid.dilation_x;
+    }
+  }
 };
 
-template <typename T, typename Offset>
-__device__ __forceinline__ Point<T> read_point(const Offset* packed, int32_t point, int32_t points) {
-  return {
-      static_cast<T>(packed[2 * point]), static_cast<T>(packed[2 * point + 1]), static_cast<T>(packed[2 * points + point])};
-}
+// The numbers of one sampling point as they stand in memory.
+template <typename Offset>
+struct Point {
+  Offset dx, dy, mask;
+};
+
+// Reads the numbers of every `step`-th point of a pair, one after another.
+template <typename Offset>
+class PointReader {
+ public:
+  __device__ __forceinline__ PointReader(const Offset* packed, int32_t first, int32_t step, int32_t points)
+      : offset_(keep(packed + 2 * first)), mask_(keep(packed + 2 * points + first)), step_(step) {}
+  __device__ __forceinline__ Point<Offset> next() {
+    const Point<Offset> point{offset_[0], offset_[1], mask_[0]};
+    offset_ += 2 * step_;
+    mask_ += step_;
+    return point;
+  }
+
+ private:
+  const Offset *offset_, *mask_;
+  int32_t step_;
+};
 
 // Softmax over a pair's modulation scalars, in the form exp(mask - largest) * inverse_sum.
 template <typename T>
@@ -81,22 +136,35 @@ struct Sample {
   T mask;
 
   __device__ __forceinline__ bool on_map() const {
-    return (x.low_inside || x.high_inside) && (y.low_inside || y.high_inside);
+    return (x.low_inside | x.high_inside) & (y.low_inside | y.high_inside);
   }
   __device__ __forceinline__ bool is_interior() const {
-    return x.low_inside && x.high_inside && y.low_inside && y.high_inside;
+    return x.low_inside & x.high_inside & y.low_inside & y.high_inside;
   }
 };
 
+// As sample_axis, without branches.
 template <typename T, typename Index>
+__device__ __forceinline__ Axis<T, Index> locate(T coordinate, Index size) {
+  using Unsigned = std::make_unsigned_t<Index>;
+  Axis<T, Index> axis;
+  round_down(coordinate, axis.low);
+  const bool above = coordinate > T(-1);  // a number, too
+  axis.low_inside = above & (static_cast<Unsigned>(axis.low) < static_cast<Unsigned>(size));
+  axis.high_inside = above & (static_cast<Unsigned>(axis.low) + 1 < static_cast<Unsigned>(size));
+  const bool on_map = above & (coordinate < static_cast<T>(size));
+  const T fraction = on_map ? coordinate - static_cast<T>(axis.low) : T(0);
+  axis.low_weight = T(1) - fraction;
+  axis.high_weight = fraction;
+  return axis;
+}
+
+template <typename T, typename Offset, typename Index>
 __device__ __forceinline__ Sample<T, Index> place(
-    const Grid<T, Index>& grid, T window_y, T window_x, int32_t point, const Point<T>& raw, T mask) {
-  const int32_t cell = point + (point >= grid.center ? 1 : 0);
-  const int32_t column = grid.kernel_h.divide(cell);
-  const int32_t row = cell - column * grid.kernel_h.divisor;
-  const T x = window_x + (static_cast<T>(column * grid.dilation_w) + raw.dx) * grid.scale;
-  const T y = window_y + (static_cast<T>(row * grid.dilation_h) + raw.dy) * grid.scale;
-  Sample<T, Index> sample{sample_axis(y, grid.height), sample_axis(x, grid.width), mask};
+    const Grid<T, Index>& grid, T window_y, T window_x, const GridWalk<T, Index>& walk, const Point<Offset>& point, T mask) {
+  const T x = window_x + (walk.x + static_cast<T>(point.dx)) * grid.scale;
+  const T y = window_y + (walk.y + static_cast<T>(point.dy)) * grid.scale;
+  Sample<T, Index> sample{locate(y, grid.height), locate(x, grid.width), mask};
   sample.mask = sample.on_map() ? mask : T(0);
   return sample;
 }
@@ -133,17 +201,16 @@ __device__ __forceinline__ Corners<T, kSize> read_corners(
     const Vector<T, kSize>* map, const Record<Compute, Index>& record, const Grid<Compute, Index>& grid) {
   const Index place = record.place();
   const Index steps[4] = {0, grid.column_step, grid.row_step, static_cast<Index>(grid.row_step + grid.column_step)};
+  using Word = std::conditional_t<sizeof(T) % 4 == 0 || kSize % 2 == 0, uint32_t, uint16_t>;
+  using Words = Vector<Word, sizeof(Vector<T, kSize>) / sizeof(Word)>;  // four-byte words are cheaper to set to 0 than halves
   Corners<T, kSize> corners;
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
+    Words words{};
     if (kInterior || record.has_corner(c)) {
-      corners.vector[c] = map[place + steps[c]];
-    } else {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        corners.vector[c].element[i] = T(0);
-      }
+      words = *reinterpret_cast<const Words*>(map + place + steps[c]);
     }
+    std::memcpy(&corners.vector[c], &words, sizeof(words));
   }
   return corners;
 }

@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -257,6 +258,18 @@ template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return __shfl_sync(mask, value, static_cast<int>((threadIdx.x % 32) ^ lanes));
 }
+template <typename Integer, typename T>
+Integer emulated_round_down(T number) {
+  const T limit = std::ldexp(T(1), sizeof(Integer) * 8 - 1), rounded = std::floor(number);
+  return !(rounded == rounded) ? Integer(0)
+         : rounded >= limit    ? std::numeric_limits<Integer>::max()
+         : rounded < -limit    ? std::numeric_limits<Integer>::min()
+                               : static_cast<Integer>(rounded);
+}
+inline int __float2int_rd(float number) { return emulated_round_down<int>(number); }
+inline int __double2int_rd(double number) { return emulated_round_down<int>(number); }
+inline long long __float2ll_rd(float number) { return emulated_round_down<long long>(number); }
+inline long long __double2ll_rd(double number) { return emulated_round_down<long long>(number); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 
