@@ -26,34 +26,44 @@ Tensor with_contiguous_channels(const Tensor& tensor) {
   return tensor.stride(3) == 1 || tensor.size(3) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
-// Whether the vectorised kernels can address the map: int32 offsets in bytes, coordinates exact in float32.
-bool is_addressable(const Tensor& value) {
+// Whether the vectorised kernels can address the map: int32 offsets in bytes, coordinates exact in float32. The backward
+// kernels copy one group's channels, widened to vectors, into a map with a border.
+bool is_addressable(const Tensor& value, const Geometry& geometry) {
   constexpr int64_t kBytes = int64_t{1} << 31, kExact = int64_t{1} << 24;
-  const int64_t extent = (value.size(1) - 1) * value.stride(1) + (value.size(2) - 1) * value.stride(2) + value.size(3);
-  return extent < kBytes / static_cast<int64_t>(value.element_size()) && value.size(1) < kExact && value.size(2) < kExact;
+  if (geometry.height > kExact || geometry.width > kExact) {
+    return false;
+  }
+  const int64_t extent = (geometry.height - 1) * value.stride(1) + (geometry.width - 1) * value.stride(2);
+  return extent + geometry.channels <= kBytes / static_cast<int64_t>(value.element_size());
+}
+bool is_addressable_with_border(const Geometry& geometry) {
+  constexpr int64_t kBytes = int64_t{1} << 31, kVector = 64;
+  const int64_t pixel = geometry.group_width * static_cast<int64_t>(sizeof(double)) + kVector;
+  return (geometry.height + 3) * (geometry.width + 2) <= kBytes / pixel;
 }
 
 template <typename V, typename O>
-auto forward_kernel(bool addressable) {
+struct Kernels {
+  void (*forward)(const Forward<V, O>&, int64_t begin, int64_t end);
+  void (*backward)(const Backward<V, O>&, int64_t bands, int64_t begin, int64_t end);
+};
+
+template <typename V, typename O>
+Kernels<V, O> choose_kernels(bool addressable) {
   if (!addressable) {
-    return &plain::forward_pixels<V, O>;
+    return {plain::forward_pixels<V, O>, plain::backward_units<V, O>};
   }
 #ifdef DCNZOO_X86_64
   switch (capability()) {
     case Capability::kAvx512:
-      return &avx512::forward_pixels<V, O>;
+      return {avx512::forward_pixels<V, O>, avx512::backward_units<V, O>};
     case Capability::kAvx2:
-      return &avx2::forward_pixels<V, O>;
+      return {avx2::forward_pixels<V, O>, avx2::backward_units<V, O>};
     case Capability::kPortable:
       break;
   }
 #endif
-  return &portable::forward_pixels<V, O>;
-}
-
-template <typename V, typename O>
-auto backward_kernel(bool addressable) {
-  return &plain::backward_unit<V, O>;
+  return {portable::forward_pixels<V, O>, portable::backward_units<V, O>};
 }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -75,7 +85,7 @@ Tensor dcnv4(
     using O = typename decltype(offset_tag)::type;
     const Forward<V, O> call{
         geometry, read<V>(packed_value), read<O>(packed_offsets), static_cast<V*>(output.mutable_data_ptr())};
-    const auto kernel = forward_kernel<V, O>(is_addressable(packed_value));
+    const auto kernel = choose_kernels<V, O>(is_addressable(packed_value, geometry)).forward;
     // Below some ten microseconds of work a second thread costs more than it brings.
     const int64_t grain = divide_up(65536, geometry.points * geometry.channels);
     torch::stable::parallel_for(
@@ -107,21 +117,16 @@ std::tuple<Tensor, Tensor> dcnv4_backward(
         read<O>(packed_offsets),
         static_cast<V*>(grad_value.mutable_data_ptr()),
         static_cast<O*>(grad_offset_mask.mutable_data_ptr())};
-    const auto kernel = backward_kernel<V, O>(is_addressable(packed_value));
+    const auto kernel =
+        choose_kernels<V, O>(is_addressable(packed_value, geometry) && is_addressable_with_border(geometry)).backward;
 
     // Every element of grad_value is added up by one thread in the order of the output pixels, so that the result does
     // not depend on the split: by image and group, and where these are fewer than the threads, by bands of rows too.
     const int64_t planes = geometry.batch * geometry.groups;
-    const int64_t pixels = geometry.out_height * geometry.out_width;
     const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
     const int64_t bands = std::min(geometry.height, divide_up(threads, std::max<int64_t>(planes, 1)));
     torch::stable::parallel_for(0, planes * bands, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t plane = i / bands, band = i % bands;
-        kernel(
-            call, {plane / geometry.groups, plane % geometry.groups, geometry.height * band / bands,
-                   geometry.height * (band + 1) / bands, pixels * band / bands, pixels * (band + 1) / bands});
-      }
+      kernel(call, bands, begin, end);
     });
   });
   return {grad_value, grad_offset_mask};

@@ -84,14 +84,14 @@ void aggregate(
 
 }  // namespace
 
+namespace plain {
+
 template <typename V, typename O>
 void forward_point(const Forward<V, O>& call, int64_t n, int64_t row, int64_t column, int64_t g) {
   Points<Accumulator<V>> points(call.geometry.points);
   std::vector<Accumulator<V>> sums(call.geometry.group_width);
   aggregate(call, n, row, column, g, points, sums);
 }
-
-namespace plain {
 
 template <typename V, typename O>
 void forward_pixels(const Forward<V, O>& call, int64_t begin, int64_t end) {
@@ -194,12 +194,16 @@ void backward_unit(const Backward<V, O>& call, const BackwardUnit& unit) {
   }
 }
 
-}  // namespace plain
+template <typename V, typename O>
+void backward_units(const Backward<V, O>& call, int64_t bands, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    backward_unit(call, BackwardUnit(call.geometry, bands, i));
+  }
+}
 
-#define INSTANTIATE(V, O)                                                                          \
-  template void forward_point(const Forward<V, O>&, int64_t, int64_t, int64_t, int64_t);           \
-  template void plain::forward_pixels(const Forward<V, O>&, int64_t, int64_t);                     \
-  template void plain::backward_unit(const Backward<V, O>&, const BackwardUnit&);
+#define INSTANTIATE(V, O)                                                                    \
+  template void forward_point(const Forward<V, O>&, int64_t, int64_t, int64_t, int64_t); \
+  DCNZOO_INSTANTIATE_KERNELS(V, O)
 INSTANTIATE(float, float)
 INSTANTIATE(double, double)
 INSTANTIATE(Half, Half)
@@ -207,4 +211,5 @@ INSTANTIATE(Half, float)
 INSTANTIATE(BFloat16, BFloat16)
 INSTANTIATE(BFloat16, float)
 
+}  // namespace plain
 }  // namespace dcnzoo::cpu

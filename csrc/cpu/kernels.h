@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <type_traits>
@@ -47,24 +48,36 @@ struct Backward {
   O* grad_offset_mask;  // contiguous
 };
 
-// One image and group: adds up the gradient of the value map's rows [first_row, last_row) over all output pixels in
-// their order, and finds the gradients of offsets and masks for the output pixels [first_pixel, last_pixel).
+// A piece of the backward pass: for one image and group, adds up the gradient of the value map's rows
+// [first_row, last_row) over all output pixels in their order, and finds the gradients of offsets and masks for the output
+// pixels [first_pixel, last_pixel).
 struct BackwardUnit {
   int64_t n, g, first_row, last_row, first_pixel, last_pixel;
+
+  BackwardUnit(const Geometry& geometry, int64_t bands, int64_t index) {
+    const int64_t pixels = geometry.out_height * geometry.out_width;
+    const int64_t plane = index / bands, band = index % bands;
+    n = plane / geometry.groups;
+    g = plane % geometry.groups;
+    first_row = geometry.height * band / bands;
+    last_row = geometry.height * (band + 1) / bands;
+    first_pixel = pixels * band / bands;
+    last_pixel = pixels * (band + 1) / bands;
+  }
 };
 
 // One output pixel and group by the plain kernel, which reads no corner outside the map.
+namespace plain {
 template <typename V, typename O>
 void forward_point(const Forward<V, O>& call, int64_t n, int64_t row, int64_t column, int64_t g);
+}
 
 // Memory for arrays that are cut from it one after another, aligned for every vector type, zero at first.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes)
       : data_(static_cast<char*>(::operator new(static_cast<size_t>(bytes), kAlignment))), next_(data_.get()) {
-    for (int64_t i = 0; i < bytes; ++i) {
-      data_[i] = 0;
-    }
+    std::memset(data_.get(), 0, static_cast<size_t>(bytes));
   }
 
   template <typename T>
@@ -89,19 +102,24 @@ class Workspace {
   char* next_;
 };
 
-// The kernels for output pixels [begin, end), counted over the batch. All but the plain ones want channels of the inputs
-// to be contiguous, images within 2^31 bytes, and heights and widths that are exact in float32.
-#define DCNZOO_DECLARE_KERNELS(name)                                           \
-  namespace name {                                                             \
-  template <typename V, typename O>                                            \
-  void forward_pixels(const Forward<V, O>& call, int64_t begin, int64_t end);  \
-  template <typename V, typename O>                                            \
-  void backward_unit(const Backward<V, O>& call, const BackwardUnit& unit);    \
+// The kernels: forward for output pixels [begin, end), counted over the batch, backward for the units [begin, end) of a
+// split into images, groups and bands. All but the plain ones want channels of the inputs to be contiguous, images within
+// 2^31 bytes, and heights and widths that are exact in float32.
+#define DCNZOO_DECLARE_KERNELS(name)                                                          \
+  namespace name {                                                                            \
+  template <typename V, typename O>                                                           \
+  void forward_pixels(const Forward<V, O>& call, int64_t begin, int64_t end);                 \
+  template <typename V, typename O>                                                           \
+  void backward_units(const Backward<V, O>& call, int64_t bands, int64_t begin, int64_t end); \
   }
 DCNZOO_DECLARE_KERNELS(plain)
 DCNZOO_DECLARE_KERNELS(portable)
 DCNZOO_DECLARE_KERNELS(avx2)
 DCNZOO_DECLARE_KERNELS(avx512)
 #undef DCNZOO_DECLARE_KERNELS
+
+#define DCNZOO_INSTANTIATE_KERNELS(V, O)                              \
+  template void forward_pixels(const Forward<V, O>&, int64_t, int64_t); \
+  template void backward_units(const Backward<V, O>&, int64_t, int64_t, int64_t);
 
 }  // namespace dcnzoo::cpu

@@ -3,6 +3,7 @@
 
 struct FloatVector {
   using Scalar = float;
+  using Mask = __m256;
   static constexpr int64_t kLanes = 8;
   __m256 r;
 
@@ -46,12 +47,23 @@ struct FloatVector {
     }
     return load(lanes);
   }
-  // Even and odd elements of the next 2 * kLanes.
-  static DCNZOO_INLINE void load_pairs(const float* p, FloatVector& even, FloatVector& odd) {
-    const __m256 first = _mm256_loadu_ps(p), second = _mm256_loadu_ps(p + 8);
-    const __m256 low = _mm256_permute2f128_ps(first, second, 0x20), high = _mm256_permute2f128_ps(first, second, 0x31);
-    even.r = _mm256_shuffle_ps(low, high, 0x88);
-    odd.r = _mm256_shuffle_ps(low, high, 0xdd);
+  // Even and odd elements of two vectors.
+  static DCNZOO_INLINE void split_pairs(FloatVector low, FloatVector high, FloatVector& even, FloatVector& odd) {
+    const __m256 outer = _mm256_permute2f128_ps(low.r, high.r, 0x20);
+    const __m256 inner = _mm256_permute2f128_ps(low.r, high.r, 0x31);
+    even.r = _mm256_shuffle_ps(outer, inner, 0x88);
+    odd.r = _mm256_shuffle_ps(outer, inner, 0xdd);
+  }
+  // The inverse.
+  static DCNZOO_INLINE void join_pairs(FloatVector even, FloatVector odd, FloatVector& low, FloatVector& high) {
+    const __m256 outer = _mm256_unpacklo_ps(even.r, odd.r), inner = _mm256_unpackhi_ps(even.r, odd.r);
+    low.r = _mm256_permute2f128_ps(outer, inner, 0x20);
+    high.r = _mm256_permute2f128_ps(outer, inner, 0x31);
+  }
+  // Stores the sums of the lanes of four vectors.
+  static DCNZOO_INLINE void store_sums(float* p, FloatVector a, FloatVector b, FloatVector c, FloatVector d) {
+    const __m256 ab = _mm256_hadd_ps(a.r, b.r), cd = _mm256_hadd_ps(c.r, d.r), abcd = _mm256_hadd_ps(ab, cd);
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
   }
 
   DCNZOO_INLINE void store(float* p) const { _mm256_storeu_ps(p, r); }
@@ -69,6 +81,7 @@ struct FloatVector {
     }
   }
 
+  static DCNZOO_INLINE Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
   DCNZOO_INLINE bool any_nan() const { return _mm256_movemask_ps(_mm256_cmp_ps(r, r, _CMP_UNORD_Q)) != 0; }
 };
 
@@ -82,6 +95,12 @@ DCNZOO_INLINE FloatVector min(FloatVector a, FloatVector b) { return {_mm256_min
 DCNZOO_INLINE FloatVector max(FloatVector a, FloatVector b) { return {_mm256_max_ps(a.r, b.r)}; }
 DCNZOO_INLINE FloatVector truncate(FloatVector a) {
   return {_mm256_round_ps(a.r, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC)};
+}
+DCNZOO_INLINE FloatVector floor(FloatVector a) { return {_mm256_floor_ps(a.r)}; }
+// a < b in each lane, false for NaN
+DCNZOO_INLINE __m256 less(FloatVector a, FloatVector b) { return _mm256_cmp_ps(a.r, b.r, _CMP_LT_OQ); }
+DCNZOO_INLINE FloatVector select(__m256 mask, FloatVector a, FloatVector b) {
+  return {_mm256_blendv_ps(b.r, a.r, mask)};
 }
 DCNZOO_INLINE FloatVector round(FloatVector a) {
   return {_mm256_round_ps(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};

@@ -3,6 +3,7 @@
 
 struct FloatVector {
   using Scalar = float;
+  using Mask = __mmask16;
   static constexpr int64_t kLanes = 16;
   __m512 r;
 
@@ -39,13 +40,29 @@ struct FloatVector {
   static DCNZOO_INLINE FloatVector load_first(const T* p, int64_t count) {
     return {widen(_mm256_maskz_loadu_epi16(first(count), p), T())};
   }
-  // Even and odd elements of the next 2 * kLanes.
-  static DCNZOO_INLINE void load_pairs(const float* p, FloatVector& even, FloatVector& odd) {
+  // Even and odd elements of two vectors.
+  static DCNZOO_INLINE void split_pairs(FloatVector low, FloatVector high, FloatVector& even, FloatVector& odd) {
     const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i odds = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-    const __m512 low = _mm512_loadu_ps(p), high = _mm512_loadu_ps(p + 16);
-    even.r = _mm512_permutex2var_ps(low, evens, high);
-    odd.r = _mm512_permutex2var_ps(low, odds, high);
+    even.r = _mm512_permutex2var_ps(low.r, evens, high.r);
+    odd.r = _mm512_permutex2var_ps(low.r, odds, high.r);
+  }
+  // The inverse.
+  static DCNZOO_INLINE void join_pairs(FloatVector even, FloatVector odd, FloatVector& low, FloatVector& high) {
+    const __m512i lows = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i highs = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    low.r = _mm512_permutex2var_ps(even.r, lows, odd.r);
+    high.r = _mm512_permutex2var_ps(even.r, highs, odd.r);
+  }
+  // Stores the sums of the lanes of four vectors.
+  static DCNZOO_INLINE void store_sums(float* p, FloatVector a, FloatVector b, FloatVector c, FloatVector d) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.r, b.r), _mm512_unpackhi_ps(a.r, b.r));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.r, d.r), _mm512_unpackhi_ps(c.r, d.r));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512 abcd = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
   }
 
   DCNZOO_INLINE void store(float* p) const { _mm512_storeu_ps(p, r); }
@@ -59,6 +76,7 @@ struct FloatVector {
     _mm256_mask_storeu_epi16(p, first(count), narrow(r, T()));
   }
 
+  static DCNZOO_INLINE Mask both(Mask a, Mask b) { return _mm512_kand(a, b); }
   DCNZOO_INLINE bool any_nan() const { return _mm512_cmp_ps_mask(r, r, _CMP_UNORD_Q) != 0; }
 };
 
@@ -72,6 +90,14 @@ DCNZOO_INLINE FloatVector min(FloatVector a, FloatVector b) { return {_mm512_min
 DCNZOO_INLINE FloatVector max(FloatVector a, FloatVector b) { return {_mm512_max_ps(a.r, b.r)}; }
 DCNZOO_INLINE FloatVector truncate(FloatVector a) {
   return {_mm512_roundscale_ps(a.r, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC)};
+}
+DCNZOO_INLINE FloatVector floor(FloatVector a) {
+  return {_mm512_roundscale_ps(a.r, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+}
+// a < b in each lane, false for NaN
+DCNZOO_INLINE __mmask16 less(FloatVector a, FloatVector b) { return _mm512_cmp_ps_mask(a.r, b.r, _CMP_LT_OQ); }
+DCNZOO_INLINE FloatVector select(__mmask16 mask, FloatVector a, FloatVector b) {
+  return {_mm512_mask_blend_ps(mask, b.r, a.r)};
 }
 // 2^n * a, for whole n
 DCNZOO_INLINE FloatVector scale_by_power(FloatVector a, FloatVector n) { return {_mm512_scalef_ps(a.r, n.r)}; }

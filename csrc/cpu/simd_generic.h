@@ -15,6 +15,7 @@ struct GenericVector {
   using Ints = typename LanesOf<int32_t, kCount>::type;
   using Words = typename LanesOf<uint32_t, kCount>::type;
   using Halves = typename LanesOf<uint16_t, kCount>::type;
+  using Mask = decltype(Lanes{} < Lanes{});
   Lanes r;
 
   static DCNZOO_INLINE GenericVector broadcast(T x) { return {Lanes{} + x}; }
@@ -54,12 +55,32 @@ struct GenericVector {
     }
     return load(lanes);
   }
-  // Even and odd elements of the next 2 * kLanes.
-  static DCNZOO_INLINE void load_pairs(const T* p, GenericVector& even, GenericVector& odd) {
-    for (int64_t i = 0; i < kLanes; ++i) {
-      even.r[i] = p[2 * i];
-      odd.r[i] = p[2 * i + 1];
+  // Even and odd elements of two vectors.
+  static DCNZOO_INLINE void split_pairs(
+      GenericVector low, GenericVector high, GenericVector& even, GenericVector& odd) {
+    for (int64_t i = 0; i < kLanes / 2; ++i) {
+      even.r[i] = low.r[2 * i];
+      odd.r[i] = low.r[2 * i + 1];
+      even.r[i + kLanes / 2] = high.r[2 * i];
+      odd.r[i + kLanes / 2] = high.r[2 * i + 1];
     }
+  }
+  // The inverse.
+  static DCNZOO_INLINE void join_pairs(GenericVector even, GenericVector odd, GenericVector& low, GenericVector& high) {
+    for (int64_t i = 0; i < kLanes / 2; ++i) {
+      low.r[2 * i] = even.r[i];
+      low.r[2 * i + 1] = odd.r[i];
+      high.r[2 * i] = even.r[i + kLanes / 2];
+      high.r[2 * i + 1] = odd.r[i + kLanes / 2];
+    }
+  }
+  // Stores the sums of the lanes of four vectors.
+  static DCNZOO_INLINE void store_sums(T* p, GenericVector a, GenericVector b, GenericVector c, GenericVector d) {
+    typename LanesOf<T, 4>::type sums{};
+    for (int64_t i = 0; i < kLanes; ++i) {
+      sums += typename LanesOf<T, 4>::type{a.r[i], b.r[i], c.r[i], d.r[i]};
+    }
+    __builtin_memcpy(p, &sums, sizeof(sums));
   }
 
   DCNZOO_INLINE void store(T* p) const { __builtin_memcpy(p, &r, sizeof(r)); }
@@ -94,6 +115,14 @@ struct GenericVector {
   friend DCNZOO_INLINE GenericVector truncate(GenericVector a) {
     return {__builtin_convertvector(__builtin_convertvector(a.r, Ints), Lanes)};
   }
+  friend DCNZOO_INLINE GenericVector floor(GenericVector a) {  // the same
+    const GenericVector whole = truncate(a);
+    return {whole.r > a.r ? whole.r - 1 : whole.r};
+  }
+  // a < b in each lane, false for NaN
+  friend DCNZOO_INLINE Mask less(GenericVector a, GenericVector b) { return a.r < b.r; }
+  static DCNZOO_INLINE Mask both(Mask a, Mask b) { return a & b; }
+  friend DCNZOO_INLINE GenericVector select(Mask mask, GenericVector a, GenericVector b) { return {mask ? a.r : b.r}; }
   // x * x_step + y * y_step, for whole numbers x and y.
   friend DCNZOO_INLINE void store_offsets(
       int32_t* p, GenericVector x, GenericVector y, int32_t x_step, int32_t y_step) {
