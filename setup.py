@@ -76,7 +76,9 @@ def cpu_extension() -> list:
             'dcnzoo._cpu',
             sources('ops.cpp', 'cpu/*.cpp'),
             define_macros=MACROS,
-            extra_compile_args={'cxx': ['/O2'] if MSVC else ['-O3', '-g0', '-ffp-contract=off', '-fvisibility=hidden', '-Wall']},
+            extra_compile_args={
+                'cxx': ['/O2'] if MSVC else ['-O3', '-g0', '-ffp-contract=off', '-fvisibility=hidden', '-Wall']
+            },
             py_limited_api=True,
         )
     ]
