@@ -72,7 +72,6 @@ __global__ void __launch_bounds__(kWarps * kWarp, kBlocks)
   for (int pass = grid.softmax ? 0 : 1; pass < 2; ++pass) {
     C own_common = 0;
     PointReader<Offset> reader(packed, place.lane, lanes, points);
-    GridWalk<C, Index> walk(grid, place.lane);
     Point<Offset> next{};
     if (place.lane < points) {
       next = reader.next();
@@ -86,14 +85,13 @@ __global__ void __launch_bounds__(kWarps * kWarp, kBlocks)
       if (own < points) {
         const C raw = static_cast<C>(next.mask);
         mask = grid.softmax ? softmax(raw) : raw;
-        sample = dcnzoo::place(grid, window_y, window_x, walk, next, mask);
+        sample = dcnzoo::place(grid, window_y, window_x, Tap<C>(grid, own), next, mask);
         interior = sample.is_interior();
         shared_records[warp][buffer][lane] = Record<C, Index>(sample, grid);
         if (kScatter) {
           shared_pixels[warp][buffer][lane] = sample.y.low * grid.width + sample.x.low;
         }
       }
-      walk.advance(grid);
       if (own + lanes < points) {
         next = reader.next();
       }
@@ -118,7 +116,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, kBlocks)
               }
               const Lanes grad_vector = *reinterpret_cast<const Lanes*>(grads + channel);
               const auto corners =
-                  read_corners<kInterior>(reinterpret_cast<const Lanes*>(map + channel), record, grid);
+                  read_corners<kInterior>(reinterpret_cast<const Lanes*>(map + channel), record.place(), record, grid);
               C grad[kSize];
 #pragma unroll
               for (int i = 0; i < kSize; ++i) {
@@ -220,7 +218,7 @@ void run(
       geometry.channels,
       geometry.group_width,
       geometry.offset_mask_size,
-      Grid<Compute<T>, Index>(geometry, value.stride(1) / kSize, value.stride(2) / kSize, partition.lanes),
+      Grid<Compute<T>, Index>(geometry, value.stride(1) / kSize, value.stride(2) / kSize),
       partition};
   device.launch(
       backward_kernel<T, Offset, kSize, Index, kScatter>, partition.blocks, kWarps * kWarp, call);

@@ -1,5 +1,5 @@
-// DCNv4 forward on CUDA. A lane sums one 16-byte vector of channels of one output pixel; see partition.h for how the work
-// is dealt out and samples.h for how the lanes of a pair share its sampling points.
+// DCNv4 forward on CUDA. A lane sums one or two 16-byte vectors of channels of one output pixel. The offsets and modulation
+// scalars of a warp's pairs are brought to shared memory first, so that each is read from global memory once.
 #include "../dcnv4.h"
 
 #include "samples.h"
@@ -8,7 +8,7 @@
 namespace dcnzoo {
 namespace {
 
-constexpr int kWarps = 8, kBlocks = 3;  // per block; per multiprocessor at least, which bounds the registers
+constexpr int kWarps = 4, kBlocks = 5;  // per block; per multiprocessor at least, which bounds the registers
 
 template <typename T, typename Offset, typename Index>
 struct Forward {
@@ -21,17 +21,18 @@ struct Forward {
   Partition<Index> partition;
 };
 
-template <typename T, typename Offset, int kSize, typename Index>
+template <typename T, typename Offset, int kSize, int kVectors, typename Index>
 __global__ void __launch_bounds__(kWarps * kWarp, kBlocks)
     forward_kernel(const __grid_constant__ Forward<T, Offset, Index> call) {
   using C = Compute<T>;
   using Lanes = Vector<T, kSize>;
-  __shared__ Record<C, Index> shared_records[kWarps][2][kWarp];
-  auto& records = shared_records[threadIdx.x / kWarp];
+  __shared__ PairStage<C, Offset> stages[kWarps];
+  auto& stage = stages[threadIdx.x / kWarp];
 
   const auto& grid = call.grid;
-  const int32_t lanes = call.partition.lanes, points = grid.points;
-  const Place<Index> place = find_place<kWarps>(call.partition);
+  const auto& partition = call.partition;
+  const int32_t lanes = partition.lanes, points = grid.points;
+  const Place<Index> place = find_place<kWarps>(partition);
   if (!place.warp_active) {
     return;
   }
@@ -43,77 +44,74 @@ __global__ void __launch_bounds__(kWarps * kWarp, kBlocks)
     softmax = read_softmax<C>(packed, points);
   }
 
-  for (int32_t round = 0; round < call.partition.rounds; ++round) {
-    const int64_t wanted = static_cast<int64_t>(round * lanes + place.lane) * kSize;
-    const bool writes = place.active && wanted < call.group_width;
-    const int64_t channel = place.group * call.group_width + (wanted < call.group_width ? wanted : 0);
-    const auto* map = reinterpret_cast<const Lanes*>(call.value.data + place.image * call.value.image_step + channel);
-    C total[kSize] = {};
-
-    // Each lane places one point out of every `lanes`, and reads the next one's numbers ahead.
-    PointReader<Offset> reader(packed, place.lane, lanes, points);
-    GridWalk<C, Index> walk(grid, place.lane);
-    Point<Offset> next{};
-    if (place.lane < points) {
-      next = reader.next();
+  for (int32_t round = 0; round < partition.rounds; ++round) {
+    // A lane's vectors are `lanes` vectors apart. Every other four lanes take them in the other order, so that the eight
+    // lanes of a quarter of a warp read from different banks.
+    const int32_t wanted = round * lanes * kVectors + place.lane;
+    const bool writes = place.active && static_cast<int64_t>(wanted) * kSize < call.group_width;
+    const int64_t channel = place.group * call.group_width + (writes ? wanted : 0) * kSize;
+    int32_t shifts[kVectors];
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      shifts[v] = (v ^ (kVectors > 1 ? threadIdx.x >> 2 & 1 : 0)) * lanes;
     }
-    int buffer = 0;
-    for (int32_t first = 0; first < points; first += lanes, buffer ^= 1) {
-      bool interior = true;
-      const int32_t own = first + place.lane;
-      if (own < points) {
-        const C raw = static_cast<C>(next.mask), mask = grid.softmax ? softmax(raw) : raw;
-        const auto sample = dcnzoo::place(grid, window_y, window_x, walk, next, mask);
-        interior = sample.is_interior();
-        records[buffer][threadIdx.x % kWarp] = Record<C, Index>(sample, grid);
-      }
-      walk.advance(grid);
-      if (own + lanes < points) {
-        next = reader.next();
-      }
-      __syncwarp();
+    const auto* map = reinterpret_cast<const Lanes*>(call.value.data + place.image * call.value.image_step + channel);
+    C total[kVectors][kSize] = {};
 
-      const auto* shared = records[buffer] + place.first_lane;
-      const int32_t count = points - first < lanes ? points - first : lanes;
-      const auto add = [&](auto is_interior) {
-        for (int32_t point = 0; point < count; ++point) {
-          const Record<C, Index> record = shared[point];
-          const auto corners = read_corners<decltype(is_interior)::value>(map, record, grid);
-          const CornerWeights<C> weights(record);
+    for (int32_t first = 0; first < points; first += kStagedPoints) {
+      const int32_t count = points - first < kStagedPoints ? points - first : kStagedPoints;
+      stage_pairs(stage, grid, packed, lanes, partition.pairs_per_warp, first, count);
+      const Offset* staged = stage.numbers[place.slot];
+      for (int32_t point = 0; point < count; ++point) {
+        const Point<Offset> numbers{staged[2 * point], staged[2 * point + 1], staged[2 * count + point]};
+        const C raw = static_cast<C>(numbers.mask), mask = grid.softmax ? softmax(raw) : raw;
+        const auto sample = dcnzoo::place(grid, window_y, window_x, stage.taps[point], numbers, mask);
+        const CornerWeights<C> weights(sample);
+        const Index corner = sample.y.low * grid.row_step + sample.x.low * grid.column_step;
+        const auto add = [&](auto is_interior) {
 #pragma unroll
-          for (int c = 0; c < 4; ++c) {
+          for (int v = 0; v < kVectors; ++v) {
+            const auto corners = read_corners<decltype(is_interior)::value>(map + shifts[v], corner, sample, grid);
 #pragma unroll
-            for (int i = 0; i < kSize; ++i) {
-              total[i] += weights.weight[c] * static_cast<C>(corners.vector[c].element[i]);
+            for (int c = 0; c < 4; ++c) {
+#pragma unroll
+              for (int i = 0; i < kSize; ++i) {
+                total[v][i] += weights.weight[c] * static_cast<C>(corners.vector[c].element[i]);
+              }
             }
           }
+        };
+        if (__all_sync(kAllLanes, sample.is_interior())) {
+          add(std::true_type{});
+        } else {
+          add(std::false_type{});
         }
-      };
-      if (__all_sync(kAllLanes, interior)) {
-        add(std::true_type{});
-      } else {
-        add(std::false_type{});
       }
     }
 
     if (writes) {
-      Lanes out;
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        out.element[i] = static_cast<T>(total[i]);
-      }
       const int64_t pixel = (place.image * call.out_height + place.row) * call.out_width + place.column;
-      *reinterpret_cast<Lanes*>(call.output + pixel * call.channels + channel) = out;
+      auto* target = reinterpret_cast<Lanes*>(call.output + pixel * call.channels + channel);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        Lanes out;
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          out.element[i] = static_cast<T>(total[v][i]);
+        }
+        target[shifts[v]] = out;
+      }
     }
   }
 }
 
-template <typename T, typename Offset, int kSize, typename Index>
+template <typename T, typename Offset, int kSize, int kVectors, typename Index>
 void run(
     const DeviceScope& device, const Geometry& geometry, const Tensor& value, const Tensor& offset_mask,
     Tensor& output) {
   const Partition<Index> partition(
-      geometry.batch, geometry.out_height, geometry.out_width, geometry.groups, geometry.group_width, kSize, kWarps);
+      geometry.batch, geometry.out_height, geometry.out_width, geometry.groups, geometry.group_width, kSize * kVectors,
+      kWarps);
   const Forward<T, Offset, Index> call{
       value,
       offset_mask,
@@ -122,9 +120,9 @@ void run(
       static_cast<Index>(geometry.out_width),
       geometry.channels,
       geometry.group_width,
-      Grid<Compute<T>, Index>(geometry, value.stride(1) / kSize, value.stride(2) / kSize, partition.lanes),
+      Grid<Compute<T>, Index>(geometry, value.stride(1) / kSize, value.stride(2) / kSize),
       partition};
-  device.launch(forward_kernel<T, Offset, kSize, Index>, partition.blocks, kWarps * kWarp, call);
+  device.launch(forward_kernel<T, Offset, kSize, kVectors, Index>, partition.blocks, kWarps * kWarp, call);
 }
 
 }  // namespace
@@ -145,9 +143,11 @@ Tensor dcnv4(
     using T = typename decltype(value_tag)::type;
     using Offset = typename decltype(offset_tag)::type;
     if (is_vectorizable(geometry, kWide<T>, {&map, &offsets})) {
-      run<T, Offset, kWide<T>, int32_t>(device, geometry, aligned(map), offsets, output);
+      const auto kernel = geometry.group_width % (2 * kWide<T>) == 0 ? &run<T, Offset, kWide<T>, 2, int32_t>
+                                                                     : &run<T, Offset, kWide<T>, 1, int32_t>;
+      kernel(device, geometry, aligned(map), offsets, output);
     } else {
-      run<T, Offset, 1, int64_t>(device, geometry, map, offsets, output);
+      run<T, Offset, 1, 1, int64_t>(device, geometry, map, offsets, output);
     }
   });
   return output;

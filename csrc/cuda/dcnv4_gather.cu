@@ -37,7 +37,10 @@ struct Gather {
 };
 
 template <typename T>
-using Stage = T[3 * kTaps][kStagePitch];
+struct Stage {
+  T numbers[3 * kTaps][kStagePitch];
+  Tap<T> taps[kTaps];
+};
 
 // Brings sampling points [first, first + count) of a chunk's 32 pixels to shared memory, eight lanes to a pixel.
 template <typename T, typename Offset, typename Index>
@@ -47,16 +50,19 @@ __device__ __forceinline__ void stage_points(
   const int32_t lane = threadIdx.x % kWarp, chunk_y = lane / 8, part = lane % 8;
   const int32_t points = call.grid.points;
   const Index row = chunk_row * kChunkRows + chunk_y;
+  if (lane < count) {
+    stage.taps[lane] = Tap<Compute<T>>(call.grid, first + lane);
+  }
   for (int32_t chunk_x = 0; chunk_x < kChunkColumns; ++chunk_x) {
     const Index column = chunk_column * kChunkColumns + chunk_x;
     if (row < call.out_height && column < call.out_width) {
       const Offset* packed = call.offset_mask.at(image, row, column) + group * 3 * points;
       const int32_t pixel = chunk_x * kChunkRows + chunk_y;
       for (int32_t i = part; i < 2 * count; i += 8) {
-        stage[i][pixel] = static_cast<Compute<T>>(packed[2 * first + i]);
+        stage.numbers[i][pixel] = static_cast<Compute<T>>(packed[2 * first + i]);
       }
       for (int32_t i = part; i < count; i += 8) {
-        stage[2 * kTaps + i][pixel] = static_cast<Compute<T>>(packed[2 * points + first + i]);
+        stage.numbers[2 * kTaps + i][pixel] = static_cast<Compute<T>>(packed[2 * points + first + i]);
       }
     }
   }
@@ -81,16 +87,16 @@ __device__ __forceinline__ void visit_samples(
   if (call.grid.softmax && exists) {
     softmax = read_softmax<C>(call.offset_mask.at(image, row, column) + group * 3 * points, points);
   }
-  GridWalk<C, Index> walk(call.grid, 0);
   for (int32_t first = 0; first < points; first += kTaps) {
     const int32_t count = points - first < kTaps ? points - first : kTaps;
     __syncwarp();
     stage_points(call, image, group, chunk_row, chunk_column, first, count, stage);
     __syncwarp();
-    for (int32_t tap = 0; exists && tap < count; ++tap, walk.advance(call.grid)) {
-      const Point<C> point{stage[2 * tap][lane], stage[2 * tap + 1][lane], stage[2 * kTaps + tap][lane]};
+    for (int32_t tap = 0; exists && tap < count; ++tap) {
+      const Point<C> point{
+          stage.numbers[2 * tap][lane], stage.numbers[2 * tap + 1][lane], stage.numbers[2 * kTaps + tap][lane]};
       const C mask = call.grid.softmax ? softmax(point.mask) : point.mask;
-      const auto sample = place(call.grid, window_y, window_x, walk, point, mask);
+      const auto sample = place(call.grid, window_y, window_x, stage.taps[tap], point, mask);
       if (sample.on_map()) {
         visit(sample);
       }
@@ -470,7 +476,7 @@ void run(
       Divisor<Index>(partition.chunk_columns),
       Divisor<Index>(partition.tiles),
       Divisor<Index>(partition.tile_columns),
-      Grid<Compute<T>, Index>(geometry, 0, 0, 1)};
+      Grid<Compute<T>, Index>(geometry, 0, 0)};
   device.launch(
       extent_kernel<T, Offset, Index>, divide_up(planes * partition.chunks, kExtentWarps), kExtentWarps * kWarp, call,
       planes * partition.chunks);

@@ -76,8 +76,8 @@ struct PixelOrder {
   }
 };
 
-// The unit of work is a pair (output pixel, group). Its channels are read as vectors of `vector` elements, one per lane,
-// so that `lanes` neighbouring lanes serve it; groups wider than a warp's 32 vectors take several rounds. A block works
+// The unit of work is a pair (output pixel, group). A lane takes `vector` of its channels at a time, so that `lanes`
+// neighbouring lanes serve it; groups wider than what 32 lanes take need several rounds. A block works
 // on one image and one slab of groups; the pairs of an image's slab are counted pixel by pixel.
 template <typename Index>
 struct Partition {
@@ -101,10 +101,10 @@ struct Partition {
     pairs_per_warp = kWarp / lanes;
     lanes_divisor = Divisor<int32_t>(lanes);
 
-    // Slabs are as narrow as one L1 line allows (8 lanes of 16 bytes), since narrow slabs leave room for more
+    // Slabs are as narrow as keeps a quarter of a warp on one or two lines of L1, since narrow slabs leave room for more
     // neighbouring pixels in a block; all have the same number of groups.
-    constexpr int64_t kLineLanes = 8;
-    int64_t width = std::min(groups, (kLineLanes + lanes - 1) / lanes);
+    constexpr int64_t kSlabLanes = 8;
+    int64_t width = std::min(groups, (kSlabLanes + lanes - 1) / lanes);
     while (groups % width != 0) {
       ++width;
     }

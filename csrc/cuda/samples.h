@@ -7,20 +7,16 @@
 
 namespace dcnzoo {
 
-// What a kernel needs to place the sampling points; the map's steps in vectors. A lane's points are `point_step` apart,
-// which is whole_columns columns and a few rows of the kernel's grid.
+// What a kernel needs to place the sampling points; the map's steps in vectors.
 template <typename T, typename Index>
 struct Grid {
   Index height, width, row_step, column_step;
-  T origin_y, origin_x, stride_y, stride_x, scale;
-  int32_t points, point_step;
-  int32_t center;  // the cell left out of the kernel's grid, or one behind its last
+  T origin_y, origin_x, stride_y, stride_x, dilation_y, dilation_x, scale;
+  int32_t points, center;  // center is the cell left out of the kernel's grid, or one behind its last
   Divisor<int32_t> kernel_h;
-  T dilation_y, dilation_x, column_height;     // in pixels
-  T step_y, step_x;
   bool softmax;
 
-  Grid(const Geometry& geometry, int64_t row_step, int64_t column_step, int64_t point_step)
+  Grid(const Geometry& geometry, int64_t row_step, int64_t column_step)
       : height(static_cast<Index>(geometry.height)),
         width(static_cast<Index>(geometry.width)),
         row_step(static_cast<Index>(row_step)),
@@ -31,54 +27,29 @@ struct Grid {
             0, geometry.stride_w, geometry.pad_w, geometry.dilation_w, geometry.kernel_w, geometry.offset_scale)),
         stride_y(static_cast<T>(geometry.stride_h)),
         stride_x(static_cast<T>(geometry.stride_w)),
+        dilation_y(static_cast<T>(geometry.dilation_h)),
+        dilation_x(static_cast<T>(geometry.dilation_w)),
         scale(static_cast<T>(geometry.offset_scale)),
         points(static_cast<int32_t>(geometry.points)),
-        point_step(static_cast<int32_t>(point_step)),
         center(static_cast<int32_t>(
             geometry.remove_center ? (geometry.kernel_w / 2) * geometry.kernel_h + geometry.kernel_h / 2
                                    : geometry.kernel_h * geometry.kernel_w)),
         kernel_h(geometry.kernel_h),
-        dilation_y(static_cast<T>(geometry.dilation_h)),
-        dilation_x(static_cast<T>(geometry.dilation_w)),
-        column_height(static_cast<T>(geometry.dilation_h * geometry.kernel_h)),
-        step_y(static_cast<T>(geometry.dilation_h * (point_step % geometry.kernel_h))),
-        step_x(static_cast<T>(geometry.dilation_w * (point_step / geometry.kernel_h))),
         softmax(geometry.softmax) {}
 };
 
-// A lane's place in the kernel's grid: points run down its columns.
-template <typename T, typename Index>
-class GridWalk {
- public:
-  T y, x;  // in pixels
+// A sampling point's place in the kernel's grid, in pixels; points run down the grid's columns.
+template <typename T>
+struct Tap {
+  T y, x;
 
-  __device__ __forceinline__ GridWalk(const Grid<T, Index>& grid, int32_t point)
-      : cell_(point + (point >= grid.center ? 1 : 0)) {
-    const int32_t column = grid.kernel_h.divide(cell_);
-    y = static_cast<T>(cell_ - column * grid.kernel_h.divisor) * grid.dilation_y;
+  Tap() = default;
+  template <typename Index>
+  __device__ __forceinline__ Tap(const Grid<T, Index>& grid, int32_t point) {
+    const int32_t cell = point + (point >= grid.center ? 1 : 0);
+    const int32_t column = grid.kernel_h.divide(cell);
+    y = static_cast<T>(cell - column * grid.kernel_h.divisor) * grid.dilation_y;
     x = static_cast<T>(column) * grid.dilation_x;
-  }
-  __device__ __forceinline__ void advance(const Grid<T, Index>& grid) {
-    move(grid, grid.step_y, grid.step_x);
-    const bool before = cell_ < grid.center;
-    cell_ += grid.point_step;
-    if (before && cell_ >= grid.center) {
-      const bool next_column = grid.kernel_h.divisor == 1;
-      ++cell_;
-      move(grid, next_column ? T(0) : grid.dilation_y, next_column ? grid.dilation_x : T(0));
-    }
-  }
-
- private:
-  int32_t cell_;
-
-  __device__ __forceinline__ void move(const Grid<T, Index>& grid, T step_y, T step_x) {
-    y += step_y;
-    x += step_x;
-    if (y >= grid.column_height) {
-      y -= grid.column_height;
-      x += grid.dilation_x;
-    }
   }
 };
 
@@ -138,6 +109,9 @@ struct Sample {
   __device__ __forceinline__ bool on_map() const {
     return (x.low_inside | x.high_inside) & (y.low_inside | y.high_inside);
   }
+  __device__ __forceinline__ bool has_corner(int corner) const {
+    return (corner / 2 == 0 ? y.low_inside : y.high_inside) & (corner % 2 == 0 ? x.low_inside : x.high_inside);
+  }
   __device__ __forceinline__ bool is_interior() const {
     return x.low_inside & x.high_inside & y.low_inside & y.high_inside;
   }
@@ -161,9 +135,9 @@ __device__ __forceinline__ Axis<T, Index> locate(T coordinate, Index size) {
 
 template <typename T, typename Offset, typename Index>
 __device__ __forceinline__ Sample<T, Index> place(
-    const Grid<T, Index>& grid, T window_y, T window_x, const GridWalk<T, Index>& walk, const Point<Offset>& point, T mask) {
-  const T x = window_x + (walk.x + static_cast<T>(point.dx)) * grid.scale;
-  const T y = window_y + (walk.y + static_cast<T>(point.dy)) * grid.scale;
+    const Grid<T, Index>& grid, T window_y, T window_x, const Tap<T>& tap, const Point<Offset>& point, T mask) {
+  const T x = window_x + (tap.x + static_cast<T>(point.dx)) * grid.scale;
+  const T y = window_y + (tap.y + static_cast<T>(point.dy)) * grid.scale;
   Sample<T, Index> sample{locate(y, grid.height), locate(x, grid.width), mask};
   sample.mask = sample.on_map() ? mask : T(0);
   return sample;
@@ -196,10 +170,10 @@ struct Corners {
   Vector<T, kSize> vector[4];
 };
 
-template <bool kInterior, typename T, int kSize, typename Compute, typename Index>
+// `Source` says which corners there are: a Sample or a Record.
+template <bool kInterior, typename T, int kSize, typename Source, typename Compute, typename Index>
 __device__ __forceinline__ Corners<T, kSize> read_corners(
-    const Vector<T, kSize>* map, const Record<Compute, Index>& record, const Grid<Compute, Index>& grid) {
-  const Index place = record.place();
+    const Vector<T, kSize>* map, Index place, const Source& source, const Grid<Compute, Index>& grid) {
   const Index steps[4] = {0, grid.column_step, grid.row_step, static_cast<Index>(grid.row_step + grid.column_step)};
   using Word = std::conditional_t<sizeof(T) % 4 == 0 || kSize % 2 == 0, uint32_t, uint16_t>;
   using Words = Vector<Word, sizeof(Vector<T, kSize>) / sizeof(Word)>;  // four-byte words are cheaper to set to 0 than halves
@@ -207,7 +181,7 @@ __device__ __forceinline__ Corners<T, kSize> read_corners(
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     Words words{};
-    if (kInterior || record.has_corner(c)) {
+    if (kInterior || source.has_corner(c)) {
       words = *reinterpret_cast<const Words*>(map + place + steps[c]);
     }
     std::memcpy(&corners.vector[c], &words, sizeof(words));
@@ -224,13 +198,54 @@ struct CornerWeights {
       : weight{
             (T(1) - record.fraction_x) * record.top, record.fraction_x * record.top,
             (T(1) - record.fraction_x) * record.bottom, record.fraction_x * record.bottom} {}
+  template <typename Index>
+  __device__ __forceinline__ explicit CornerWeights(const Sample<T, Index>& sample) {
+    const T top = sample.y.low_weight * sample.mask, bottom = sample.y.high_weight * sample.mask;
+    weight[0] = sample.x.low_weight * top;
+    weight[1] = sample.x.high_weight * top;
+    weight[2] = sample.x.low_weight * bottom;
+    weight[3] = sample.x.high_weight * bottom;
+  }
 };
+
+constexpr int32_t kStagedPoints = 9;
+
+// Some points of a warp's pairs in shared memory: for each pair `count` pairs (dx, dy), then `count` modulation scalars.
+template <typename T, typename Offset>
+struct PairStage {
+  Offset numbers[kWarp][3 * kStagedPoints];
+  Tap<T> taps[kStagedPoints];
+};
+
+// Fills it with points [first, first + count); every lane gives its pair's numbers as they stand in memory.
+template <typename T, typename Offset, typename Index>
+__device__ __forceinline__ void stage_pairs(
+    PairStage<T, Offset>& stage, const Grid<T, Index>& grid, const Offset* packed, int32_t lanes, int32_t pairs,
+    int32_t first, int32_t count) {
+  static_assert(3 * kStagedPoints <= kWarp);
+  const int32_t lane = threadIdx.x % kWarp;
+  const int32_t source = lane < 2 * count ? 2 * first + lane : 2 * grid.points + first + lane - 2 * count;
+  __syncwarp();
+  if (lane < count) {
+    stage.taps[lane] = Tap<T>(grid, first + lane);
+  }
+#pragma unroll 8
+  for (int32_t pair = 0; pair < pairs; ++pair) {
+    const auto* numbers = keep(reinterpret_cast<const Offset*>(
+        __shfl_sync(kAllLanes, reinterpret_cast<uintptr_t>(packed), pair * lanes)));
+    if (lane < 3 * count) {
+      stage.numbers[pair][lane] = numbers[source];
+    }
+  }
+  __syncwarp();
+}
 
 // Where a lane stands in the work: its pair, and which of the pair's vectors it reads first.
 template <typename Index>
 struct Place {
   int64_t image;
   Index group, row, column;
+  int32_t slot;              // the pair's number in the warp
   int32_t first_lane, lane;  // the pair's first lane in the warp, and this lane's number in the pair
   bool warp_active, active;  // inactive lanes repeat the last pair's work and write nothing
 };
@@ -259,6 +274,7 @@ __device__ __forceinline__ Place<Index> find_place(const Partition<Index>& parti
   place.group = slab * partition.slab_groups + pair - pixel * partition.slab_groups;
   place.row = position.row;
   place.column = position.column;
+  place.slot = whole ? slot : 0;
   place.first_lane = first_lane;
   place.lane = lane - slot * partition.lanes;
   place.warp_active = first <= last;
