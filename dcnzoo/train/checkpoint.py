@@ -46,7 +46,7 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(draft, path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, 'strerror', None) or error
-        raise TrainError(f'cannot write {path}: {reason}; what was there is untouched') from error
+        raise TrainError(f'cannot write {path}: {reason}; what was there is untouched', local=True) from error
     finally:
         draft.unlink(missing_ok=True)
 
@@ -198,7 +198,7 @@ class Checkpoints:
             shutil.rmtree(draft, ignore_errors=True)
             kept = list_checkpoints(self.output)
             advice = f'continue from {kept[-1]} with --resume auto' if kept else 'there is no checkpoint before it'
-            raise TrainError(f'cannot write the checkpoint {target}: {error}; {advice}') from error
+            raise TrainError(f'cannot write the checkpoint {target}: {error}; {advice}', local=True) from error
         self.accelerator.wait_for_everyone()
         return target
 

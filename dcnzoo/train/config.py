@@ -231,11 +231,6 @@ class Config:
     ema: EmaConfig = field(default_factory=EmaConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
-    @property
-    def mixes(self) -> bool:
-        """Whether mixup or cutmix is on, so that targets are distributions."""
-        return self.augment.mixup > 0 or self.augment.cutmix > 0
-
     def to_yaml(self) -> str:
         """The configuration as YAML that `--config` reads back; where it was resumed from is no part of it."""
         content = {name: group for name, group in asdict(self).items() if name != 'resume'}
@@ -389,7 +384,6 @@ def _check(config: Config) -> None:
         'ema.decay': config.ema.decay,
     }
     at_least = {
-        'model.in_chans': (model.in_chans, 1),
         'model.num_classes': (model.num_classes, 1),
         'data.image_size': (min(side for side in sides if side is not None) if data.image_size else None, 1),
         'data.batch_size': (data.batch_size, 1),
@@ -403,6 +397,7 @@ def _check(config: Config) -> None:
         'optim.accumulate': (optim.accumulate, 1),
         'schedule.epochs': (schedule.epochs, 1),
         'schedule.warmup_epochs': (schedule.warmup_epochs, 0),
+        'run.seed': (config.run.seed, 0),
         'run.log_every': (config.run.log_every, 1),
         'run.val_every': (config.run.val_every, 1),
         'run.checkpoint_every': (config.run.checkpoint_every, 0),
@@ -418,7 +413,9 @@ def _check(config: Config) -> None:
         low, high = getattr(augment, name)
         if not 0 < low <= high:
             raise TrainError(f'augment.{name} should be two positive numbers in order, got {low}, {high}', usage=True)
-    if config.mixes and data.batch_size % 2:
+    if model.in_chans not in (1, 3):
+        raise TrainError(f'model.in_chans should be 1 or 3, got {model.in_chans}', usage=True)
+    if (augment.mixup or augment.cutmix) and data.batch_size % 2:
         raise TrainError(f'data.batch_size should be even, as mixup pairs images, got {data.batch_size}', usage=True)
     if schedule.warmup_epochs >= schedule.epochs and schedule.name != 'none':
         raise TrainError(

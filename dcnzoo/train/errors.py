@@ -11,11 +11,13 @@ class TrainError(Exception):
     Args:
         message: what was found and what was expected.
         usage: True if the command line or its YAML is wrong: exit status 2 instead of 1.
+        local: True if only this process may have met it; what all of them meet is said once per machine.
     """
 
-    def __init__(self, message: str, usage: bool = False):
+    def __init__(self, message: str, usage: bool = False, local: bool = False):
         super().__init__(' '.join(str(message).split()))
         self.status = 2 if usage else 1
+        self.local = local
 
 
 class Interrupted(Exception):

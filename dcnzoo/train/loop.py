@@ -45,11 +45,16 @@ class State:
     epoch_seconds: float = 0.0
     seconds: float = 0.0
     best: dict | None = None
-    """the row of the history with the highest top-1"""
+    """the row of the history with the highest top-1, and among those the lowest loss"""
     history: list[dict] = field(default_factory=list)
     """one row per epoch, with report.METRICS"""
     unreadable: list[str] = field(default_factory=list)
     """images that could not be read, each once, with the reason"""
+
+
+def rank(row: dict) -> tuple[float, float]:
+    """Orders the rows of the history from worse to better."""
+    return row['val_top1'], -row['val_loss']
 
 
 class StopSignal:
@@ -137,12 +142,14 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Takes up a checkpoint; with another batch size or number of processes at the nearest batch before."""
         self.state = State(**self.checkpoints.load(folder))
-        batches = len(self.train_loader)
-        if self.state.batches != batches:
-            self.report.say(f'{self.state.batches} batches per epoch before, {batches} now')
-            batch = self.state.batch * batches // self.state.batches
-            self.state.loss_sum *= batch / max(1, self.state.batch)
-            self.state.batch, self.state.batches = batch, batches
+        before, batches = self.state.batches, len(self.train_loader)
+        if before != batches:
+            self.report.say(f'{before} batches per epoch before, {batches} now')
+        batch = self.state.batch * batches // before
+        if batch < batches:  # updates start at multiples of this
+            batch -= batch % self.config.optim.accumulate
+        self.state.loss_sum *= batch / max(1, self.state.batch)
+        self.state.batch, self.state.batches = batch, batches
         self.report.say(f'resumed {folder} at epoch {self.state.epoch + 1}, batch {self.state.batch} of {batches}')
 
     def fit(self) -> None:
@@ -315,7 +322,7 @@ class Trainer:
             'seconds': state.seconds,
         }
         state.history.append(row)
-        if metrics and (state.best is None or row['val_top1'] > state.best['val_top1']):
+        if metrics and (state.best is None or rank(row) > rank(state.best)):
             state.best = row
             if main:
                 self.checkpoints.publish('best', self.accelerator.unwrap_model(self.model))
@@ -373,7 +380,8 @@ class Trainer:
         if len(self.state.unreadable) > self.unreadable_limit:
             raise TrainError(
                 f'more than {self.unreadable_limit} unreadable images (data.max_unreadable); {names} names them, the '
-                f'last is {fresh[-1]}'
+                f'last is {fresh[-1]}',
+                local=True,
             )
         for complaint in fresh:
             self.report.warn(f'skipped the unreadable image {complaint}')

@@ -13,6 +13,7 @@ Exit status: 0 finished, 1 an error in the data or of the machine, 2 an error in
 import argparse
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -41,21 +42,22 @@ from .report import Report, clock, draw_curves
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one training; returns the exit status and prints what went wrong, if anything did, as one line on stderr."""
-    rank = int(os.environ.get('RANK', 0))
+    speaks = os.environ.get('LOCAL_RANK', '0') == '0'
     try:
         train(parse(argv))
         return 0
     except TrainError as error:
-        # every process finds the same mistake in the settings; what only one of them finds, that one says
-        if error.status == 1 or rank == 0:
+        if speaks or error.local:
             print(f'error: {error}', file=sys.stderr)
         return error.status
     except Interrupted as stop:
-        if rank == 0:
+        if speaks:
             print(f'{stop.signal}: {stop}', file=sys.stderr)
         return stop.status
+    except KeyboardInterrupt:  # before there is anything to save, or the second one
+        return 128 + signal.SIGINT
     except torch.cuda.OutOfMemoryError as error:
-        print(f'error: {str(error).splitlines()[0]} Lower data.batch_size and raise optim.accumulate.', file=sys.stderr)
+        print(f'error: {str(error).splitlines()[0]} Lower data.batch_size, raise optim.accumulate.', file=sys.stderr)
         return 1
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -141,6 +143,8 @@ def build_accelerator(config: Config) -> Accelerator:
         TrainError: if there are fewer processes, or the precision or a tracker is not available.
     """
     output = Path(config.run.output)
+    if config.run.precision == 'fp16' and (config.run.cpu or not torch.cuda.is_available()):
+        raise TrainError('run.precision: fp16 needs a GPU; bf16 works on CPUs, too', usage=True)
     try:
         accelerator = Accelerator(
             cpu=config.run.cpu,

@@ -23,9 +23,9 @@ def build_model(model: ModelConfig, data: DataConfig, num_classes: int) -> nn.Mo
     size = data.image_size
     overlay = {'file': str(Path(model.checkpoint).resolve())} if model.checkpoint else None
     kwargs = dict(model.kwargs)
-    if size is not None and _has_fixed_size(model.name):
-        kwargs.setdefault('img_size', size)
     try:
+        if size is not None and _has_fixed_size(model.name):
+            kwargs.setdefault('img_size', size)
         network = timm.create_model(
             model.name,
             pretrained=model.pretrained or overlay is not None,

@@ -85,7 +85,16 @@ COMMANDS = {
     'accelerate launch -m dcnzoo.train': [*ACCELERATE, '1', '-m', 'dcnzoo.train'],
     'accelerate launch, one for two': [*ACCELERATE, '2', '--cpu', 'train'],
     'accelerate launch, two': [*ACCELERATE, '2', '--multi_gpu', '--main_process_port', '0', 'train'],
-    'torchrun, two': [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'train'],
+    'torchrun, two': [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc_per_node',
+        '2',
+        '-m',
+        'train',
+    ],
 }
 
 

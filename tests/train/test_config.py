@@ -18,7 +18,12 @@ def test_yaml_and_command_line(tmp_path):
     file = write(tmp_path / 'mine.yaml', {'model': {'name': 'a'}, 'optim': {'lr': '5e-4', 'betas': [0.9, 0.95]}})
     config = parse(['--optim.name', 'sgd', '--config', file, '--optim.momentum=0.5', '--data.image_size', '[32, 48]'])
     assert config.model == ModelConfig(name='a')
-    assert (config.optim.lr, config.optim.betas, config.optim.name, config.optim.momentum) == (5e-4, (0.9, 0.95), 'sgd', 0.5)
+    assert (config.optim.lr, config.optim.betas, config.optim.name, config.optim.momentum) == (
+        5e-4,
+        (0.9, 0.95),
+        'sgd',
+        0.5,
+    )
     assert config.data.image_size == (32, 48)
     assert config.run.output == 'runs/mine'
 
@@ -30,7 +35,9 @@ def test_last_one_wins(tmp_path):
 
 
 def test_round_trip(tmp_path):
-    first = parse(['--model.kwargs.depths', '[1, 2, 3, 1]', '--augment.scale', '[0.5,1]', '--optim.kwargs', '{nesterov: true}'])
+    first = parse(
+        ['--model.kwargs.depths', '[1, 2, 3, 1]', '--augment.scale', '[0.5,1]', '--optim.kwargs', '{nesterov: true}']
+    )
     again = parse(['--config', write(tmp_path / 'run.yaml', first.to_yaml())])
     assert again == first
     assert again.model.kwargs == {'depths': [1, 2, 3, 1]}
@@ -52,7 +59,10 @@ def test_there_are_configs():
     [
         ({'optim': {'lrr': 1}}, r"unknown setting optim\.lrr in .*mine\.yaml \(did you mean 'optim\.lr'\?\)"),
         ({'optm': {'lr': 1}}, r"unknown setting optm in .*mine\.yaml \(did you mean 'optim'\?\)"),
-        ({'model': {'weight_decay': 1}}, r"unknown setting model\.weight_decay .*\(did you mean 'optim\.weight_decay'\?\)"),
+        (
+            {'model': {'weight_decay': 1}},
+            r"unknown setting model\.weight_decay .*\(did you mean 'optim\.weight_decay'\?\)",
+        ),
         ({'optim': {'lr': 'high'}}, r'optim\.lr should be float, got high'),
         ({'schedule': {'epochs': 1.5}}, r'schedule\.epochs should be int, got 1\.5'),
         ({'optim': {'clip_mode': 'no'}}, r"optim\.clip_mode should be Literal\['norm', 'value', 'agc'\], got no"),

@@ -111,7 +111,10 @@ def test_spoilt_folders(own_photos, spoil, message):
         (DataConfig(), r'data\.root is missing'),
         (DataConfig(root='nowhere'), r'data\.root: no folder nowhere'),
         (DataConfig(root='.', dataset='torhc/cifar10'), r"unknown data set 'torhc/cifar10' \(did you mean 'torch'\?\)"),
-        (DataConfig(root='.', dataset='torch/cifar11'), r"'torch/cifar11' cannot be opened: Unknown torchvision dataset"),
+        (
+            DataConfig(root='.', dataset='torch/cifar11'),
+            r"'torch/cifar11' cannot be opened: Unknown torchvision dataset",
+        ),
         (DataConfig(root='.', dataset='imagenet'), r"unknown data set 'imagenet'"),
         (DataConfig(root='.', dataset='torch/cifar10'), r"'torch/cifar10' cannot be opened: Dataset not found"),
     ],
@@ -178,7 +181,7 @@ def test_unreadable_images_do_not_count_in_validation(own_photos):
     batches = list(loaders(own_photos)[1])
     targets = torch.cat([targets for _, targets, _ in batches])
     assert targets.tolist().count(-1) == 1
-    assert [complaint for _, _, each in batches for complaint in each][0].startswith(f'{bad}: ')
+    assert next(complaint for _, _, each in batches for complaint in each).startswith(f'{bad}: ')
 
 
 def test_limit_of_unreadable_images(photos):
@@ -234,7 +237,9 @@ def test_batch_transform():
     assert normalized.is_contiguous(memory_format=torch.channels_last)
     assert same is targets
 
-    erased, _ = BatchTransform(INPUT, AugmentConfig(random_erasing=1.0, erasing_mode='const'), **destination)(images, targets)
+    erased, _ = BatchTransform(INPUT, AugmentConfig(random_erasing=1.0, erasing_mode='const'), **destination)(
+        images, targets
+    )
     assert ((erased != normalized).flatten(1).any(1)).all()
     mixed, soft = BatchTransform(INPUT, AugmentConfig(cutmix=1.0, mixup=0.8), **destination)(images, targets)
     assert soft.shape == (4, 3)
