@@ -1,0 +1,66 @@
+"""Measures dcnzoo beside its peers in one run, prints the table and keeps the numbers as JSON with a chart.
+
+    python -m benchmarks op                                the operator, one thread, batch 1
+    python -m benchmarks op --threads 1 2 --batch 8        how it scales
+    python -m benchmarks op --device cuda                  its CUDA kernels
+    python -m benchmarks model --peers convnext_tiny       images a second of whole models
+    python -m benchmarks train --compile                   training steps, eager and compiled
+
+`--peers` takes names of the table's rows for `op`, and any of timm's model names for `model` and `train`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from . import model, op, report
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog='python -m benchmarks', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('table', choices=['op', 'model', 'train'])
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
+    parser.add_argument('--peers', nargs='+', metavar='NAME', help='what to measure beside dcnzoo')
+    parser.add_argument('--threads', nargs='+', type=int, metavar='N', help='CPU threads (op: 1, else all)')
+    parser.add_argument('--batch', type=int, metavar='N', help='images (op: 1, cuda: 64; else 8, cuda: 64)')
+    parser.add_argument('--model', default='dcnv4_tiny', metavar='NAME', help='our model (model and train)')
+    parser.add_argument('--dtypes', nargs='+', default=['float32'], choices=['float32', 'bfloat16', 'float16'])
+    parser.add_argument('--compile', action='store_true', help='measure compiled models too')
+    parser.add_argument('--rounds', type=int, default=7, metavar='N', help='turns of each peer (default 7)')
+    parser.add_argument('--seconds', type=float, default=0.2, metavar='S', help='length of a turn (default 0.2)')
+    parser.add_argument('--output', type=Path, default=report.RESULTS, metavar='DIR')
+    parser.add_argument('--name', help="the result files' name without suffix")
+    options = parser.parse_args()
+    for name in ('batch', 'rounds'):
+        if (number := getattr(options, name)) is not None and number < 1:
+            parser.error(f'--{name} must be at least 1, got {number}')
+    if options.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device cuda: this machine has no GPU that torch can use')
+    if options.table == 'op' and options.device == 'cpu' and (unknown := set(options.peers or ()) - set(op.NAMES)):
+        parser.error(f'--peers: no such peer as {", ".join(sorted(unknown))}; there are {", ".join(op.NAMES)}')
+    return options
+
+
+def main() -> int:
+    options = parse()
+    if options.table == 'op' and options.device == 'cuda':
+        from . import op_cuda
+
+        options.batch = options.batch or 64
+        op_cuda.run(options)
+    elif options.table == 'op':
+        options.batch, options.threads = options.batch or 1, options.threads or [1]
+        op.run(options)
+    else:
+        options.batch = options.batch or (64 if options.device == 'cuda' else 8)
+        options.threads = options.threads or [torch.get_num_threads()]
+        model.run(options, training=options.table == 'train')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
