@@ -23,8 +23,9 @@ class CondConv2d(nn.Module):
         out_channels: Channels of the output.
         kernel_size: Size of the kernels, an int or a (height, width) pair like stride, padding and dilation.
         stride: Step of the output grid in pixels of the input.
-        padding: Rows and columns of zeros around the input; or 'same' for as many as give ceil(H / stride) rows, the odd
-            one below; or '' for equally many on both sides, the same for odd kernels and stride 1; or 'valid' for none.
+        padding: Rows and columns of zeros around the input; or 'same' for as many as give ceil(H / stride) rows, an
+            odd one below; or '' for as many on both sides, which is the same for odd kernels and stride 1; or 'valid'
+            for none.
         dilation: Distance of the kernel's taps in pixels.
         groups: Number of groups of channels that are convolved apart.
         bias: Whether every expert has a bias too.
@@ -161,8 +162,9 @@ class DynamicConv2d(nn.Module):
         out_channels: Channels of the output.
         kernel_size: Size of the kernels, an int or a (height, width) pair like stride, padding and dilation.
         stride: Step of the output grid in pixels of the input.
-        padding: Rows and columns of zeros around the input; or 'same' for as many as give ceil(H / stride) rows, the odd
-            one below; or '' for equally many on both sides, the same for odd kernels and stride 1; or 'valid' for none.
+        padding: Rows and columns of zeros around the input; or 'same' for as many as give ceil(H / stride) rows, an
+            odd one below; or '' for as many on both sides, which is the same for odd kernels and stride 1; or 'valid'
+            for none.
         dilation: Distance of the kernel's taps in pixels.
         groups: Number of groups of channels that are convolved apart.
         bias: Whether every expert has a bias too.

@@ -1,4 +1,4 @@
-"""Dynamic convolution: the public function, its checks, and the choice of an algorithm. Standard operators throughout."""
+"""Dynamic convolution: the public function, its checks, and the choice among compositions of standard operators."""
 
 import functools
 
@@ -37,8 +37,8 @@ def dynamic_conv2d(
         bias: Biases of the experts, (E, Cout), mixed as the kernels are; None for none.
         kernel_size: Size of the kernels.
         stride: Step of the output grid in pixels of the input.
-        padding: Rows and columns of zeros around the input; or 'same' for as many as give ceil(H / stride) rows, the odd
-            one below; or '' for equally many on both sides, which is the same for odd kernels and stride 1. TorchScript
+        padding: Rows and columns of zeros around the input; or 'same' for as many as give ceil(H / stride) rows, an
+            odd one below; or '' for as many on both sides, which is the same for odd kernels and stride 1. TorchScript
             takes no strings here.
         dilation: Distance of the kernel's taps in pixels.
         groups: Number of groups of channels that are convolved apart.
@@ -138,6 +138,8 @@ def _convolve(
     if bias is not None:
         biases = torch.matmul(routing, bias)
 
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
     if n == 1:
         kernel = kernels.view(out_channels, channels // groups, kernel_size[0], kernel_size[1])
         if biases is not None:
@@ -149,7 +151,7 @@ def _convolve(
             x = x[:, :, :: stride[0], :: stride[1]]
         height, width = x.shape[2], x.shape[3]
         kernels = kernels.view(n, out_channels, channels)
-        if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        if channels_last:
             pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
             if biases is None:
                 out = torch.bmm(pixels, kernels.transpose(1, 2))
@@ -162,17 +164,24 @@ def _convolve(
             out = torch.baddbmm(biases.unsqueeze(2), kernels, x.flatten(2))
         return out.view(n, out_channels, height, width)
 
-    if n == 0:  # no kernel to mix, and still a graph for the gradients: zeros
+    if n == 0:  # nothing to convolve, and still a graph for the gradients, which are zeros
         kernel = kernels.sum(0).view(out_channels, channels // groups, kernel_size[0], kernel_size[1])
-        return F.conv2d(x, kernel, None, stride, padding, dilation, groups)
+        if biases is not None:
+            biases = biases.sum(0)
+        return F.conv2d(x, kernel, biases, stride, padding, dilation, groups)
 
-    # One group of channels per sample.
+    # Samples side by side as channels, each its own groups of one convolution.
     kernels = kernels.view(n * out_channels, channels // groups, kernel_size[0], kernel_size[1])
     if biases is not None:
         biases = biases.view(n * out_channels)
-    x = x.reshape(1, n * channels, x.shape[2], x.shape[3])
-    out = F.conv2d(x, kernels, biases, stride, padding, dilation, n * groups)
-    return out.view(n, out_channels, out.shape[2], out.shape[3])
+    if channels_last and groups == channels:
+        # Rows of n * channels values keep a depthwise convolution's fast layout: only whole pixels are moved.
+        folded = x.permute(2, 3, 0, 1).reshape(1, x.shape[2], x.shape[3], n * channels).permute(0, 3, 1, 2)
+    else:
+        folded = x.reshape(1, n * channels, x.shape[2], x.shape[3])
+    out = F.conv2d(folded, kernels, biases, stride, padding, dilation, n * groups)
+    out = out.view(n, out_channels, out.shape[2], out.shape[3])
+    return out.contiguous(memory_format=torch.channels_last) if channels_last else out
 
 
 def _sum_over_taps(x, weight, routing, bias, kernel_size, stride, padding, dilation, groups):
