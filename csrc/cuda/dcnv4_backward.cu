@@ -12,7 +12,11 @@
 namespace dcnzoo {
 namespace {
 
-constexpr int kWarps = 4, kBlocks = 4;  // per block; per multiprocessor at least, which bounds the registers
+constexpr int kWarps = 4;
+
+// Blocks per multiprocessor at least, which bounds the registers.
+template <typename T>
+constexpr int kBlocks = sizeof(T) == 8 ? 3 : 4;
 constexpr int kDots = 4;  // samples whose dots are added up at a time
 
 template <typename T, typename Offset, typename Index>
@@ -33,7 +37,7 @@ struct alignas(16) Dots {
 };
 
 template <typename T, typename Offset, int kSize, typename Index, bool kScatter>
-__global__ void __launch_bounds__(kWarps * kWarp, kBlocks)
+__global__ void __launch_bounds__(kWarps * kWarp, kBlocks<T>)
     backward_kernel(const __grid_constant__ Backward<T, Offset, Index> call) {
   using C = Compute<T>;
   using Lanes = Vector<T, kSize>;

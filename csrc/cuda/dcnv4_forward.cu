@@ -8,7 +8,8 @@
 namespace dcnzoo {
 namespace {
 
-constexpr int kWarps = 4, kBlocks = 5;  // per block; per multiprocessor at least, which bounds the registers
+constexpr int kWarps = 4;
+constexpr int kBlocks = 5;  // per multiprocessor at least, which bounds the registers
 
 template <typename T, typename Offset, typename Index>
 struct Forward {

@@ -51,19 +51,22 @@ __device__ __forceinline__ void round_down(double number, int64_t& rounded) { ro
 template <int kSize>
 __device__ __forceinline__ void add_to(float* address, const float (&term)[kSize]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if constexpr (kSize % 4 == 0) {
+  constexpr bool kByFour = kSize % 4 == 0;
+#else
+  constexpr bool kByFour = false;
+#endif
+  if constexpr (kByFour) {
 #pragma unroll
     for (int i = 0; i < kSize; i += 4) {
       asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address + i), "f"(term[i]), "f"(term[i + 1]),
                    "f"(term[i + 2]), "f"(term[i + 3])
                    : "memory");
     }
-    return;
-  }
-#endif
+  } else {
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    atomicAdd(address + i, term[i]);
+    for (int i = 0; i < kSize; ++i) {
+      atomicAdd(address + i, term[i]);
+    }
   }
 }
 
