@@ -45,6 +45,9 @@ test: $(VENV)/.native $(VENV)/.test
 test-all: $(VENV)/.native $(VENV)/.test
 	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8
 
+test-lowest: $(VENV)-lowest/.installed
+	$(VENV)-lowest/bin/python -m pytest -n $(JOBS) --maxprocesses 8 -m 'not slow'
+
 lint: $(VENV)/.test
 	@echo '==> Checking style'
 	$(BIN)/ruff check .
@@ -66,6 +69,16 @@ $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml | $(VENV)/.torch
 $(VENV)/.native: setup.py $(wildcard csrc/*.* csrc/*/*.*) | $(VENV)/.torch
 	@echo '==> Compiling the operators'
 	$(BIN)/python setup.py --quiet build_ext --inplace --force
+	@touch $@
+
+# The lower bounds of pyproject.toml themselves. What is compiled here serves every later PyTorch too.
+$(VENV)-lowest/.installed: setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+	@echo '==> Installing the oldest supported versions in $(VENV)-lowest'
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install uv
+	$(VENV)-lowest/bin/uv pip install --python $(VENV)-lowest/bin/python --resolution lowest-direct \
+		--requirements pyproject.toml --extra test 'setuptools>=77' ninja
+	$(VENV)-lowest/bin/python setup.py --quiet build_ext --inplace --force
 	@touch $@
 
 # First, since compiling needs it; an isolated build would fetch a second one.

@@ -19,7 +19,7 @@ def blocks(language: str) -> list[str]:
 
 def rows() -> dict[str, tuple[str, ...]]:
     """The rows of the table of models, by the model's name."""
-    table = re.findall(r'^\| (dcnv4_\w+) \| (.*) \|$', README.read_text(encoding='utf-8'), re.MULTILINE)
+    table = re.findall(r'^\| (\w+_\w+) \| (.*) \|$', README.read_text(encoding='utf-8'), re.MULTILINE)
     return {name: tuple(cell.strip() for cell in rest.split('|')) for name, rest in table}
 
 

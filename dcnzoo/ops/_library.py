@@ -119,9 +119,14 @@ def use_backend(backend: str) -> Iterator[None]:
         _override.reset(token)
 
 
+@torch.compiler.assume_constant_result  # dynamo of torch 2.10 cannot trace a ContextVar
+def _overriding() -> str | None:
+    return _override.get()
+
+
 def chosen_backend(device: torch.device) -> str | None:
     """The backend asked for with `use_backend`, checked against the device, or None where the dispatcher chooses."""
-    backend = _override.get()
+    backend = _overriding()
     if backend is not None and device.type != 'meta':
         reason = missing(backend, device.type)
         if reason is not None:
