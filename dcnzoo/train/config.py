@@ -5,11 +5,12 @@ one given wins. What no run could mean (unknown keys, wrong types, contradiction
 """
 
 import contextlib
+import difflib
 import io
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -342,14 +343,23 @@ def _known_keys() -> set[str]:
     return {'config', 'help', 'print_config', *groups, *nested}
 
 
-def _check_keys(keys: Iterator[str], where: str, dashes: str = '') -> None:
+def _check_keys(keys: Iterable[str], where: str, dashes: str = '') -> None:
     known = _known_keys()
     for key in keys:
         if key.removesuffix('+') not in known and not key.startswith(('model.kwargs.', 'optim.kwargs.')):
-            # the right name in a wrong group, or in none, is nearer than a similar name
-            namesakes = sorted(name for name in known if '.' in name and name.split('.')[1] == key.split('.')[-1])
-            hint = f' (did you mean {namesakes[0]!r}?)' if namesakes else nearest(key, sorted(known))
+            hint = _nearest_key(key, known)
             raise TrainError(f'unknown setting {dashes}{key} {where}{hint}', usage=True)
+
+
+def _nearest_key(key: str, known: set[str]) -> str:
+    """A hint at the setting of the nearest name; of those called the same, the one in the nearest group."""
+    group, _, name = key.rpartition('.')
+    names = difflib.get_close_matches(name, {entry.rpartition('.')[2] for entry in known}, n=1)
+    namesakes = [entry for entry in known if entry.rpartition('.')[2] in names]
+    if not namesakes:
+        return nearest(key, known)
+    likeness = {entry: difflib.SequenceMatcher(None, group, entry.rpartition('.')[0]).ratio() for entry in namesakes}
+    return f' (did you mean {max(sorted(namesakes), key=likeness.get)!r}?)'
 
 
 def _plain_message(message: str) -> str:

@@ -31,5 +31,5 @@ class Interrupted(Exception):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """The hint ` (did you mean 'x'?)`, or nothing if nothing known comes near."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(word, list(known), n=1)
     return f' (did you mean {found[0]!r}?)' if found else ''

@@ -38,10 +38,11 @@ def test_accelerate(command, photos, tmp_path):
     ('command', 'expected'), [('python -m train', 2), ('python -m dcnzoo.train', 2), ('accelerate launch train', 1)]
 )
 def test_a_wrong_key_is_one_line(command, expected, photos, tmp_path):
-    (tmp_path / 'wrong.yaml').write_text('optim: {learning_rate: 1}\nmodel: {name: test_dcnv4}\n')
-    status, text, errors = finish(start(command, ['--config', tmp_path / 'wrong.yaml', '--data.root', photos]))
+    file = tmp_path / 'wrong.yaml'
+    file.write_text('optim: {lrr: 1}\nmodel: {name: test_dcnv4}\n')
+    status, text, errors = finish(start(command, ['--config', file, '--data.root', photos]))
     assert (status, text) == (expected, '')
-    assert errors == [f'error: unknown setting optim.learning_rate in {tmp_path / "wrong.yaml"}']
+    assert errors == [f"error: unknown setting optim.lrr in {file} (did you mean 'optim.lr'?)"]
 
 
 def test_two_processes(photos, tmp_path):
