@@ -60,7 +60,9 @@ inline bool is_vectorizable(const Geometry& geometry, int64_t vector, std::initi
     fits = fits && image_extent(*tensor) < kInt32Max;
   }
   const int64_t pairs = geometry.out_height * geometry.out_width * geometry.groups;
-  return fits && pairs < kInt32Max / 2 && geometry.batch * pairs / kWarp < kInt32Max;
+  const int64_t elements = geometry.height * geometry.width * geometry.channels;  // an expanded map has a small extent
+  constexpr int64_t kLeastPairs = 4;  // of a block
+  return fits && elements < kInt32Max && pairs < kInt32Max / 2 && geometry.batch * pairs / kLeastPairs < kInt32Max;
 }
 
 }  // namespace dcnzoo
