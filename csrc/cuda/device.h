@@ -100,11 +100,22 @@ __device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a
 
 // Two float32 numbers as sums of two bfloat16 numbers each, the first of both and the second of both packed together.
 __device__ __forceinline__ void split(const Vector<float, 2>& numbers, uint32_t& high, uint32_t& low) {
-  const Vector<BFloat16, 2> rounded{{BFloat16(numbers.element[0]), BFloat16(numbers.element[1])}};
-  const Vector<BFloat16, 2> rest{
-      {BFloat16(numbers.element[0] - static_cast<float>(rounded.element[0])),
-       BFloat16(numbers.element[1] - static_cast<float>(rounded.element[1]))}};
+  const auto round = [](float first, float second) {
+#if defined(__CUDACC__)
+    return __floats2bfloat162_rn(first, second);
+#else
+    return Vector<BFloat16, 2>{{BFloat16(first), BFloat16(second)}};
+#endif
+  };
+  const auto bits = [](uint32_t number) {
+    float value;
+    std::memcpy(&value, &number, sizeof(value));
+    return value;
+  };
+  const auto rounded = round(numbers.element[0], numbers.element[1]);
   std::memcpy(&high, &rounded, sizeof(high));
+  const auto rest =
+      round(numbers.element[0] - bits(high << 16), numbers.element[1] - bits(high & 0xffff0000u));
   std::memcpy(&low, &rest, sizeof(low));
 }
 
