@@ -52,7 +52,9 @@ def test_process_reports_an_error_in_one_line():
 def test_closed_pipe_is_no_error():
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, '-m', 'dcnzoo', 'list', 'test_dcnv4'], stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, '-m', 'dcnzoo', 'list', 'test_dcnv4'], stdout=write, stderr=subprocess.PIPE, text=True
+    )
     os.close(write)
     assert done.returncode == 1
     assert done.stderr == ''
