@@ -19,6 +19,7 @@ _ARITHMETIC = {
     torch.bfloat16: tl.float32,
 }
 _UNSPECIALIZED = ('height', 'width', 'out_h', 'out_w')
+_OPTIONS = {'enable_fp_fusion': True}  # which newer versions of Triton leave out unless asked
 _INTERPRETED = triton.knobs.runtime.interpret
 _ROWS = 512 if _INTERPRETED else 64  # of a tile; interpreted programs are slow whatever their size
 # What matrix products are made in; the interpreter takes the bits of a bfloat16 for an integer.
@@ -139,6 +140,17 @@ def _forward_kernel(
 
 
 @triton.jit
+def _scatter(grad_value, grad, m, left, top, fx, fy, on00, on01, on10, on11, width, channels, CHANNELS: tl.constexpr):
+    """Adds a point's shares to the value map's gradient at the four pixels around it, where they are on the map."""
+    below = width.to(left.dtype) * CHANNELS
+    cell = grad_value + ((top * width + left)[:, None] * CHANNELS + channels)
+    tl.atomic_add(cell, grad * ((1 - fx) * (1 - fy) * m)[:, None], mask=on00, sem='relaxed')
+    tl.atomic_add(cell + CHANNELS, grad * (fx * (1 - fy) * m)[:, None], mask=on01, sem='relaxed')
+    tl.atomic_add(cell + below, grad * ((1 - fx) * fy * m)[:, None], mask=on10, sem='relaxed')
+    tl.atomic_add(cell + below + CHANNELS, grad * (fx * fy * m)[:, None], mask=on11, sem='relaxed')
+
+
+@triton.jit
 def _tap_gradients(
     grad, value, grad_value, packed, k, x0, y0, height, width, value_h, value_w, real, channels, d, highest, factor,
     DEPTH: tl.constexpr, GROUPS: tl.constexpr, KERNEL_H: tl.constexpr, POINTS: tl.constexpr, SKIPPED: tl.constexpr,
@@ -160,17 +172,13 @@ def _tap_gradients(
     dot10 = tl.sum(grad * tl.load(corner + value_h, mask=on10, other=0.0).to(T), 1)
     dot11 = tl.sum(grad * tl.load(corner + value_h + value_w, mask=on11, other=0.0).to(T), 1)
     if SCATTER:
-        cell = grad_value + ((top * width + left)[:, None] * (GROUPS * DEPTH) + channels)
-        below = width.to(INDEX) * (GROUPS * DEPTH)
-        tl.atomic_add(cell, grad * ((1 - fx) * (1 - fy) * m)[:, None], mask=on00, sem='relaxed')
-        tl.atomic_add(cell + GROUPS * DEPTH, grad * (fx * (1 - fy) * m)[:, None], mask=on01, sem='relaxed')
-        tl.atomic_add(cell + below, grad * ((1 - fx) * fy * m)[:, None], mask=on10, sem='relaxed')
-        tl.atomic_add(cell + below + GROUPS * DEPTH, grad * (fx * fy * m)[:, None], mask=on11, sem='relaxed')
+        _scatter(grad_value, grad, m, left, top, fx, fy, on00, on01, on10, on11, width, channels, GROUPS * DEPTH)
     scale = tl.full((), SCALE, T)
     grad_x = ((dot01 - dot00) * (1 - fy) + (dot11 - dot10) * fy) * (m * scale)
     grad_y = ((dot10 - dot00) * (1 - fx) + (dot11 - dot01) * fx) * (m * scale)
     grad_m = (dot00 * (1 - fx) + dot01 * fx) * (1 - fy) + (dot10 * (1 - fx) + dot11 * fx) * fy
-    return grad_x, grad_y, grad_m, p
+    # A gradient that is not finite must not reach points that are nowhere.
+    return tl.where(inside, grad_x, 0.0), tl.where(inside, grad_y, 0.0), tl.where(inside, grad_m, 0.0), p
 
 
 @triton.jit
@@ -259,31 +267,51 @@ def _backward_kernel(
 
 
 @triton.jit
+def _near(dx, dy, m, finite, MARGIN_H: tl.constexpr, MARGIN_W: tl.constexpr, SCALE: tl.constexpr):
+    """Points that cannot leave the program's window, of numbers that half a float can hold; rounding has no say."""
+    return (tl.abs(dx) < MARGIN_W / SCALE) & (tl.abs(dy) < MARGIN_H / SCALE) & (tl.abs(m) <= 2048) & finite
+
+
+@triton.jit
 def _scatter_far(
-    grad, grad_value, x, y, m, far, height, width, g, d,
-    GROUPS: tl.constexpr, DEPTH: tl.constexpr, POINTS: tl.constexpr, INDEX: tl.constexpr,
+    grad_output, offset_mask, grad_value, count, first_row, first_column, height, width, out_h, out_w,
+    grad_h, grad_w, packed_h, packed_w, d,
+    GROUPS: tl.constexpr, DEPTH: tl.constexpr, KERNEL_H: tl.constexpr, POINTS: tl.constexpr, SKIPPED: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    ORIGIN_H: tl.constexpr, ORIGIN_W: tl.constexpr, SCALE: tl.constexpr, SOFTMAX: tl.constexpr,
+    MARGIN_H: tl.constexpr, MARGIN_W: tl.constexpr, INDEX: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Adds the shares of the points in far, (R, 16), one column at a time."""
-    points = tl.arange(0, 16)[None, :]
-    grad = grad.to(tl.float32)
-    for k in tl.range(0, POINTS):
-        chosen = far & (points == k)
-        inside = tl.max(chosen.to(tl.int32), 1) > 0
-        x_k = tl.sum(tl.where(chosen, x, 0.0), 1)
-        y_k = tl.sum(tl.where(chosen, y, 0.0), 1)
-        m_k = tl.sum(tl.where(chosen, m, 0.0), 1)
-        left, top, fx, fy, on00, on01, on10, on11 = _cell(x_k, y_k, height, width, inside, INDEX)
-        cell = grad_value + ((top * width + left)[:, None] * (GROUPS * DEPTH) + (g * DEPTH + d))
-        below = width.to(INDEX) * (GROUPS * DEPTH)
-        there = d < DEPTH
-        tl.atomic_add(cell, grad * ((1 - fx) * (1 - fy) * m_k)[:, None], mask=on00[:, None] & there, sem='relaxed')
-        tl.atomic_add(
-            cell + GROUPS * DEPTH, grad * (fx * (1 - fy) * m_k)[:, None], mask=on01[:, None] & there, sem='relaxed'
+    """Scatters the shares of the points that are not near, of 8 x 8 output pixels.
+
+    The loop over points runs to `count`, which is POINTS, unknown to the compiler: unrolled, it would take registers
+    from the part of the kernel that matters.
+    """
+    pixel = tl.arange(0, 64)
+    row, column = first_row + pixel // 8, first_column + pixel % 8
+    real = (row < out_h) & (column < out_w)
+    packed = offset_mask + (row * packed_h + column * packed_w)
+    there = d < DEPTH
+    grad = grad_output + (row * grad_h + column * grad_w)[:, None] + d
+    grad = tl.load(grad, mask=real[:, None] & there, other=0.0).to(T)
+    finite = tl.sum(grad * 0.0, 1) == 0.0
+    x0 = (column * STRIDE_W).to(T) + tl.full((), ORIGIN_W, T)
+    y0 = (row * STRIDE_H).to(T) + tl.full((), ORIGIN_H, T)
+    highest, factor = 0.0, 1.0
+    if SOFTMAX:
+        highest, factor = _softmax_terms(packed + 2 * POINTS, real, POINTS, T)
+    for k in tl.range(0, count):
+        inside, x, y = _position(
+            packed, k, x0, y0, height, width, real, KERNEL_H, DILATION_H, DILATION_W, SCALE, SKIPPED, T
         )
-        tl.atomic_add(cell + below, grad * ((1 - fx) * fy * m_k)[:, None], mask=on10[:, None] & there, sem='relaxed')
-        tl.atomic_add(
-            cell + below + GROUPS * DEPTH, grad * (fx * fy * m_k)[:, None], mask=on11[:, None] & there, sem='relaxed'
-        )
+        m = _modulation(packed + 2 * POINTS, k, real, highest, factor, SOFTMAX, T)
+        dx = tl.load(packed + 2 * k, mask=real, other=0.0).to(T)
+        dy = tl.load(packed + 2 * k + 1, mask=real, other=0.0).to(T)
+        inside = inside & (_near(dx, dy, m, finite, MARGIN_H, MARGIN_W, SCALE) == 0)
+        if tl.max(inside.to(tl.int32), 0) > 0:
+            left, top, fx, fy, on00, on01, on10, on11 = _cell(x, y, height, width, inside, INDEX)
+            on00, on01 = on00[:, None] & there, on01[:, None] & there
+            on10, on11 = on10[:, None] & there, on11[:, None] & there
+            _scatter(grad_value, grad, m, left, top, fx, fy, on00, on01, on10, on11, width, d, GROUPS * DEPTH)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -293,16 +321,14 @@ def _window_kernel(
     GROUPS: tl.constexpr, DEPTH: tl.constexpr, KERNEL_H: tl.constexpr, POINTS: tl.constexpr, SKIPPED: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     ORIGIN_H: tl.constexpr, ORIGIN_W: tl.constexpr, SCALE: tl.constexpr, SOFTMAX: tl.constexpr,
-    LANES: tl.constexpr, MARGIN_H: tl.constexpr, MARGIN_W: tl.constexpr, INDEX: tl.constexpr,
-    HALF: tl.constexpr,
+    LANES: tl.constexpr, MARGIN_H: tl.constexpr, MARGIN_W: tl.constexpr, INDEX: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a half value map, gathered by matrix products before it meets other programs' shares.
+    """Gradient of a half value map, summed by matrix products before it meets other programs' shares.
 
-    A program takes 8 x 8 output pixels of one group. Whatever of the map their points touch nearly always lies in a
-    window of 16 x 16 pixels, over which the bilinear weight of a pixel is a product of two hat functions: one small
-    matrix product a pixel sums them over the points, a second one applies the sum to the output's gradient. One atomic
-    addition a pixel of the window is left. Points outside the window, and numbers that are too large for half a
-    float, go the way of the general kernel.
+    A program takes 8 x 8 output pixels of one group. What their points touch nearly always lies in a window of 16 x 16
+    pixels of the map, over which the bilinear weight of a pixel is a product of two hat functions: one small matrix
+    product an output pixel sums them over the points, another one applies the sums to the output's gradient, and one
+    atomic addition a pixel of the window is left. The few other points go the way of the general kernel.
     """
     T: tl.constexpr = tl.float32
     block = tl.program_id(0)
@@ -314,55 +340,63 @@ def _window_kernel(
     blocks_h = tl.cdiv(out_h, 8)
     first_row = (block % blocks_h * 8).to(INDEX)
     n = (block // blocks_h).to(tl.int64)
+    grad_output += n * grad_n + g * DEPTH
+    offset_mask += n * packed_n + g * (3 * POINTS)
+    grad_value += n * height * width * (GROUPS * DEPTH) + g * DEPTH
 
-    left = tl.floor((first_column * STRIDE_W).to(T) + tl.full((), ORIGIN_W, T)) - MARGIN_W
-    top = tl.floor((first_row * STRIDE_H).to(T) + tl.full((), ORIGIN_H, T)) - MARGIN_H
+    window_x = tl.floor((first_column * STRIDE_W).to(T) + tl.full((), ORIGIN_W - MARGIN_W, T))
+    window_y = tl.floor((first_row * STRIDE_H).to(T) + tl.full((), ORIGIN_H - MARGIN_H, T))
     d = tl.arange(0, LANES)[None, :]
     axis = tl.arange(0, 16)
     k = axis[None, :]
-    scale = tl.full((), SCALE, T)
     cell = k + (k >= SKIPPED)
-    grid_x, grid_y = cell // KERNEL_H * DILATION_W, cell % KERNEL_H * DILATION_H
-    grad_value += n * height * width * (GROUPS * DEPTH)
+    scale = tl.full((), SCALE, T)
     sums = tl.zeros((256, LANES), T)
+    rest = 0
     for start in tl.range(0, 64, 16):
-        pixels = start + tl.arange(0, 16)
-        row, column = first_row + pixels // 8, first_column + pixels % 8
+        pixel = start + tl.arange(0, 16)
+        row, column = first_row + pixel // 8, first_column + pixel % 8
         real = (row < out_h) & (column < out_w)
-        packed = offset_mask + n * packed_n + (row * packed_h + column * packed_w + g * (3 * POINTS))
-        grad = grad_output + n * grad_n + ((row * grad_h + column * grad_w + g * DEPTH)[:, None] + d)
+        packed = offset_mask + (row * packed_h + column * packed_w)[:, None]
+        grad = grad_output + (row * grad_h + column * grad_w)[:, None] + d
         grad = tl.load(grad, mask=real[:, None] & (d < DEPTH), other=0.0)
         finite = tl.sum(grad.to(T) * 0.0, 1) == 0.0
         points = real[:, None] & (k < POINTS)
-        dx = tl.load(packed[:, None] + 2 * k, mask=points, other=0.0).to(T)
-        dy = tl.load(packed[:, None] + 2 * k + 1, mask=points, other=0.0).to(T)
-        m = tl.load(packed[:, None] + (2 * POINTS + k), mask=points, other=0.0).to(T)
+        dx = tl.load(packed + 2 * k, mask=points, other=0.0).to(T)
+        dy = tl.load(packed + 2 * k + 1, mask=points, other=0.0).to(T)
+        m = tl.load(packed + (2 * POINTS + k), mask=points, other=0.0).to(T)
         if SOFTMAX:
             m = tl.where(k < POINTS, m, -float('inf'))
             m = tl.exp(m - tl.max(m, 1)[:, None])
             m /= tl.sum(m, 1)[:, None]
-        x = ((column * STRIDE_W).to(T) + tl.full((), ORIGIN_W, T))[:, None] + (dx + grid_x) * scale
-        y = ((row * STRIDE_H).to(T) + tl.full((), ORIGIN_H, T))[:, None] + (dy + grid_y) * scale
-        inside = points & (x > -1) & (x < width) & (y > -1) & (y < height)
-        near = inside & (x >= left) & (x <= left + 15) & (y >= top) & (y <= top + 15)
-        near = near & (tl.abs(m) <= 2048) & finite[:, None]
-        from_left, from_top = tl.where(near, x - left, 0.0), tl.where(near, y - top, 0.0)
-        hat_x = tl.maximum(1 - tl.abs(from_left[:, :, None] - axis[None, None, :]), 0.0)
-        hat_y = tl.maximum(1 - tl.abs(from_top[:, None, :] - axis[None, :, None]), 0.0)
-        hat_y *= tl.where(near, m, 0.0)[:, None, :]
-        weights = tl.dot(hat_y.to(tl.float16), hat_x.to(tl.float16))
+        x0 = (column * STRIDE_W).to(T) + tl.full((), ORIGIN_W, T)
+        y0 = (row * STRIDE_H).to(T) + tl.full((), ORIGIN_H, T)
+        x = x0[:, None] + (dx + cell // KERNEL_H * DILATION_W) * scale
+        y = y0[:, None] + (dy + cell % KERNEL_H * DILATION_H) * scale
+        near = _near(dx, dy, m, finite[:, None], MARGIN_H, MARGIN_W, SCALE)
+        rest = tl.maximum(rest, tl.max(tl.max((points & (near == 0)).to(tl.int32), 1), 0))
+        inside = points & near & (x > -1) & (x < width) & (y > -1) & (y < height)
+        from_left, from_top = tl.where(inside, x - window_x, 0.0), tl.where(inside, y - window_y, 0.0)
+        # Along the window first: a thread of the default layout then has few points of its own, and all of the window.
+        hat_x = tl.maximum(1 - tl.abs(from_left[None, :, :] - axis[:, None, None]), 0.0)
+        hat_y = tl.maximum(1 - tl.abs(from_top[None, :, :] - axis[:, None, None]), 0.0)
+        hat_y *= tl.where(inside, m, 0.0)[None, :, :]
+        weights = tl.dot(tl.permute(hat_y.to(tl.float16), (1, 0, 2)), tl.permute(hat_x.to(tl.float16), (1, 2, 0)))
         weights = tl.trans(tl.reshape(weights, (16, 256))).to(HALF)
         sums = tl.dot(weights, tl.where(finite[:, None], grad, 0.0).to(HALF), sums)
 
-        far = inside & (near == 0)
-        if tl.max(tl.max(far.to(tl.int32), 1), 0) > 0:
-            _scatter_far(grad, grad_value, x, y, m, far, height, width, g, d, GROUPS, DEPTH, POINTS, INDEX)
-
     place = tl.arange(0, 256)
-    row, column = top.to(INDEX) + place // 16, left.to(INDEX) + place % 16
+    row, column = window_y.to(INDEX) + place // 16, window_x.to(INDEX) + place % 16
     touched = (row >= 0) & (row < height) & (column >= 0) & (column < width) & (tl.max(tl.abs(sums), 1) > 0)
-    cells = grad_value + ((row * width + column) * (GROUPS * DEPTH) + g * DEPTH)[:, None] + d
+    cells = grad_value + (row * width + column)[:, None] * (GROUPS * DEPTH) + d
     tl.atomic_add(cells, sums, mask=touched[:, None] & (d < DEPTH), sem='relaxed')
+
+    if rest > 0:
+        _scatter_far(
+            grad_output, offset_mask, grad_value, POINTS * rest, first_row, first_column, height, width, out_h, out_w,
+            grad_h, grad_w, packed_h, packed_w, d, GROUPS, DEPTH, KERNEL_H, POINTS, SKIPPED, STRIDE_H, STRIDE_W,
+            DILATION_H, DILATION_W, ORIGIN_H, ORIGIN_W, SCALE, SOFTMAX, MARGIN_H, MARGIN_W, INDEX, T,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -387,7 +421,6 @@ def _ordered_kernel(
     there = d < DEPTH
     real = one == 0
     grad_value += n * height * width * (GROUPS * DEPTH) + g * DEPTH
-    highest, factor = 0.0, 1.0
     for pixel in tl.range(0, out_h * out_w):
         row, column = (one + pixel // out_w).to(INDEX), (one + pixel % out_w).to(INDEX)
         packed = offset_mask + n * packed_n + (row * packed_h + column * packed_w + g * (3 * POINTS))
@@ -395,6 +428,7 @@ def _ordered_kernel(
         grad = tl.load(grad, mask=there, other=0.0).to(T)
         x0 = (column * STRIDE_W).to(T) + tl.full((), ORIGIN_W, T)
         y0 = (row * STRIDE_H).to(T) + tl.full((), ORIGIN_H, T)
+        highest, factor = 0.0, 1.0
         if SOFTMAX:
             highest, factor = _softmax_terms(packed + 2 * POINTS, real, POINTS, T)
         for k in tl.range(0, POINTS):
@@ -435,7 +469,7 @@ def dcnv4(value: Tensor, offset_mask: Tensor, *arguments) -> Tensor:
             _forward_kernel[(_programs(offset_mask, constants['GROUPS'], tile),)](
                 value, offset_mask, out, height, width, out_h, out_w, *value.stride()[:3], *offset_mask.stride()[:3],
                 **constants, **tile, UNROLL=_unrolled(constants['POINTS']), INDEX=_index_type(value, offset_mask, out),
-                T=_ARITHMETIC[value.dtype],
+                T=_ARITHMETIC[value.dtype], **_OPTIONS,
             )  # fmt: skip
     return out
 
@@ -459,7 +493,10 @@ def dcnv4_backward(grad_output: Tensor, value: Tensor, offset_mask: Tensor, *arg
     if n == 0:
         return grad_value.to(value.dtype), grad_packed
 
-    tile = _tile(groups, constants['DEPTH'], value.element_size())
+    margins = None if deterministic else _window_margins(value, constants)
+    scatter = not deterministic and margins is None
+    # Scattering is a matter of single floats, 16 bytes of which a thread adds at once.
+    tile = _tile(groups, constants['DEPTH'], grad_value.element_size() if scatter else value.element_size())
     sizes = height, width, out_h, out_w
     grad_strides, packed_strides = grad_output.stride()[:3], offset_mask.stride()[:3]
     common = {
@@ -467,26 +504,25 @@ def dcnv4_backward(grad_output: Tensor, value: Tensor, offset_mask: Tensor, *arg
         'LANES': tile['LANES'],
         'INDEX': _index_type(grad_output, value, offset_mask, grad_value, grad_packed),
     }
-    margins = None if deterministic else _window_margins(value, constants)
     with torch.accelerator.device_index(_index(value)):
         _backward_kernel[(_programs(offset_mask, groups, tile),)](
             grad_output, value, offset_mask, grad_value, grad_packed, *sizes,
             *grad_strides, *value.stride()[:3], *packed_strides, packed_channels,
-            **{**common, **tile}, UNROLL=_unrolled(points), SCATTER=not deterministic and margins is None,
-            T=_ARITHMETIC[value.dtype],
+            **{**common, **tile}, UNROLL=_unrolled(points), SCATTER=scatter,
+            T=_ARITHMETIC[value.dtype], **_OPTIONS,
         )  # fmt: skip
         if deterministic:
             bands = min(height, triton.cdiv(1024, n * groups))
             _ordered_kernel[(n * groups * bands,)](
                 grad_output, offset_mask, grad_value, *sizes, bands, *grad_strides, *packed_strides,
-                **common, T=_ARITHMETIC[value.dtype], num_warps=1,
+                **common, T=_ARITHMETIC[value.dtype], num_warps=1, **_OPTIONS,
             )  # fmt: skip
         elif margins is not None:
             common['LANES'] = max(16, common['LANES'])
             _window_kernel[(n * groups * triton.cdiv(out_h, 8) * triton.cdiv(out_w, 8),)](
                 grad_output, offset_mask, grad_value, *sizes, *grad_strides, *packed_strides,
                 **common, MARGIN_H=margins[0], MARGIN_W=margins[1], HALF=_HALVES[value.dtype],
-                num_warps=8,
+                num_warps=8, **_OPTIONS,
             )  # fmt: skip
     return grad_value.to(value.dtype), grad_packed
 
@@ -535,17 +571,17 @@ def _unrolled(points: int) -> int:
     return points if points <= _UNROLLED else 1
 
 
-def _window_margins(value: Tensor, constants: dict) -> tuple[int, int] | None:
-    """Pixels between the reach of 8 x 8 windows without offsets and the rim of 16 x 16 pixels, where it pays."""
-    points, kernel_h = constants['POINTS'], constants['KERNEL_H']
-    if value.element_size() != 2 or not 16 <= constants['DEPTH'] <= 64 or points > 16:
+def _window_margins(value: Tensor, constants: dict) -> tuple[float, float] | None:
+    """How far offsets may move points of 8 x 8 output pixels within a window of 16 x 16, where that kernel pays."""
+    points, kernel_h, scale = constants['POINTS'], constants['KERNEL_H'], constants['SCALE']
+    if value.element_size() != 2 or not 16 <= constants['DEPTH'] <= 64 or points > 16 or scale <= 0:
         return None
-    kernel_w = triton.cdiv(points, kernel_h)
     margins = []
-    for axis, kernel in (('H', kernel_h), ('W', kernel_w)):
-        reach = 7 * constants[f'STRIDE_{axis}'] + (kernel - 1) * constants[f'DILATION_{axis}'] * constants['SCALE']
-        margins.append((15 - math.ceil(reach)) // 2)
-    return tuple(margins) if min(margins) >= 1 else None
+    for axis, kernel in (('H', kernel_h), ('W', triton.cdiv(points, kernel_h))):
+        reach = 7 * constants[f'STRIDE_{axis}'] + (kernel - 1) * constants[f'DILATION_{axis}'] * scale
+        fits = (m / 2 for m in range(15, 1, -1) if (constants[f'ORIGIN_{axis}'] - m / 2) % 1 + reach + m <= 15)
+        margins.append(next(fits, None))
+    return None if None in margins else tuple(margins)
 
 
 def _index_type(*tensors: Tensor) -> tl.dtype:

@@ -77,7 +77,7 @@ class Problem:
         if self.exact:
             offset.mul_(64).round_().div_(64)
         if self.special:
-            self._plant(value, offset, packed[..., 2 * points :], generator)
+            self._plant(value, offset, packed[..., 2 * points :], grad_output, generator)
         tail = draw(self.batch, *self.out_size, self.tail)
         offset_mask = torch.cat((packed.flatten(3), tail), -1)
         types = self.dtype, self.packed_dtype, self.dtype
@@ -86,7 +86,7 @@ class Problem:
             for layout, tensor, dtype in zip(self.layouts, (value, offset_mask, grad_output), types, strict=True)
         )
 
-    def _plant(self, value: Tensor, offset: Tensor, mask: Tensor, generator: torch.Generator) -> None:
+    def _plant(self, value: Tensor, offset: Tensor, mask: Tensor, grad_output: Tensor, generator) -> None:
         """Puts some points on the map's edges, far away or nowhere, where even their mask must not matter."""
         scale = self.arguments['offset_scale']
         exactly_divisible = scale != 0 and math.frexp(scale)[0] in (0.5, -0.5)
@@ -104,9 +104,9 @@ class Problem:
             chosen = torch.rand(mask.shape, generator=generator)
             mask[nowhere & (chosen < 0.3)] = NAN
             mask[nowhere & (chosen > 0.7)] = INFINITY
-        if torch.rand((), generator=generator) < 0.2 and value.numel():
-            pixels = value.flatten(0, 2)
-            pixels[torch.rand(len(pixels), generator=generator) < 0.05] = NAN
+        for tensor, number in ((value, NAN), (grad_output, INFINITY)):
+            if torch.rand((), generator=generator) < 0.2:
+                tensor[torch.rand(tensor.shape[:-1], generator=generator) < 0.05] = number
 
     def _grid(self) -> list[Tensor]:
         """Coordinates x, y of the sampling points without offsets, broadcastable to (N, Ho, Wo, groups, K)."""
