@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent
 TORCH_TARGET = '0x020a000000000000'  # the oldest torch (2.10) whose libtorch the libraries run on
 MACROS = [('TORCH_TARGET_VERSION', TORCH_TARGET)]
 MSVC = os.name == 'nt'
+HIDDEN = '-fvisibility=hidden'  # the two libraries have functions of the same names
 
 
 def wish(name: str) -> str:
@@ -77,7 +78,7 @@ def cpu_extension() -> list:
             sources('ops.cpp', 'cpu/*.cpp'),
             define_macros=MACROS,
             extra_compile_args={
-                'cxx': ['/O2'] if MSVC else ['-O3', '-g0', '-ffp-contract=off', '-fvisibility=hidden', '-Wall']
+                'cxx': ['/O2'] if MSVC else ['-O3', '-g0', '-ffp-contract=off', HIDDEN, '-Wall']
             },
             py_limited_api=True,
         )
@@ -119,7 +120,12 @@ def cuda_extension() -> list:
             'dcnzoo._cuda',
             ['csrc/ops.cpp', *files],
             define_macros=[*MACROS, ('USE_CUDA', None), ('DCNZOO_CUDA', None)],
-            extra_compile_args={'cxx': ['-O3'], 'nvcc': ['-O3', '--threads=2', '-Xptxas=-v']},
+            # Some toolkits, the Python packages of CUDA among them, keep libcudart in lib, where torch does not look.
+            library_dirs=[str(Path(cpp_extension.CUDA_HOME) / 'lib')],
+            extra_compile_args={
+                'cxx': ['/O2'] if MSVC else ['-O3', HIDDEN],
+                'nvcc': ['-O3', '--threads=2', '-Xptxas=-v', *([] if MSVC else [f'-Xcompiler={HIDDEN}'])],
+            },
             py_limited_api=True,
         )
     ]

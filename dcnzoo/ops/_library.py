@@ -7,7 +7,6 @@ operator has a twin, suffixed `_triton`, which is always Triton's: `use_backend`
 
 import contextlib
 import functools
-import importlib
 import importlib.util
 import os
 import warnings
@@ -39,12 +38,12 @@ _REINSTALL = 'pip install --no-build-isolation --no-deps --force-reinstall dcnzo
 
 def _load_native(device: str) -> str | None:
     """Loads the compiled library for a device type; returns None, or why there is none."""
-    name = f'dcnzoo._{device}'
-    if importlib.util.find_spec(name) is None:
+    found = importlib.util.find_spec(f'dcnzoo._{device}')
+    if found is None:
         needs = 'a C++ compiler' if device == 'cpu' else 'nvcc and a CUDA build of torch'
         return f'the {device.upper()} library was not built; with {needs} installed, run `{_REINSTALL}`'
     try:
-        importlib.import_module(name)
+        torch.ops.load_library(found.origin)
     except (ImportError, OSError) as error:
         return f'the {device.upper()} library does not load ({error}); rebuild it with `{_REINSTALL}`'
     return None
