@@ -369,7 +369,7 @@ class FlashInternImage(nn.Module):
             self.num_features = int(chs * 1.5)
             self.conv_head = ConvNormAct(chs, self.num_features, act_layer=act_layer, **dd)
             self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self._pooled_features()
         self.apply(_init_weights)
 
     @torch.jit.ignore
@@ -407,7 +407,12 @@ class FlashInternImage(nn.Module):
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
         self.head.to(device=self.stem.conv1.weight.device, dtype=self.stem.conv1.weight.dtype)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self._pooled_features()
+
+    def _pooled_features(self) -> int:
+        if self.use_clip_projector:
+            return self.head.num_features
+        return self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
         self,
