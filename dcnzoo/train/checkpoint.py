@@ -2,9 +2,9 @@
 
 runs/NAME/
   run.yaml         the run's configuration, complete
-  best/  last/     model.safetensors (the average where EMA is on; the weights without it are then beside it, in
-                   model_raw.safetensors), config.json (with it, timm.create_model('local-dir:runs/NAME/best',
-                   pretrained=True) works) and run.yaml
+  best/  last/     model.safetensors and config.json, from which timm.create_model('local-dir:runs/NAME/best',
+                   pretrained=True) makes the model, and run.yaml; where EMA is on, these are the averaged weights,
+                   and a folder raw/ holds those without it in the same form
   checkpoints/     epoch_0003_batch_00000123/: what accelerate needs to continue, the average, and loop.State
   metrics.csv  curves.png  tensorboard/  unreadable.txt  summary.json
 """
@@ -158,12 +158,11 @@ class Checkpoints:
     def publish(self, name: str, model: nn.Module) -> None:
         """Writes best/ or last/: weights, config.json and run.yaml. On the main process only."""
         folder = self.output / name
-        if self.ema is None:
-            save_weights(folder / 'model.safetensors', model)
-        else:
-            save_weights(folder / 'model_raw.safetensors', model)
-            save_weights(folder / 'model.safetensors', self.ema)
-        write_json(folder / 'config.json', self.model_config)
+        # one file of weights per folder: older versions of timm do not choose between several
+        places = {folder: model} if self.ema is None else {folder: self.ema, folder / 'raw': model}
+        for place, weights in places.items():
+            save_weights(place / 'model.safetensors', weights)
+            write_json(place / 'config.json', self.model_config)
         write_text(folder / 'run.yaml', self.config.to_yaml())
 
     def save(self, state: dict) -> Path:

@@ -66,6 +66,8 @@ class DataConfig:
     """split to validate on; an image folder may also call it valid, validation, eval or test"""
     image_size: int | tuple[int, int] | None = None
     """side, or height and width, of the network's input in pixels; the model's own if not given"""
+    train_image_size: int | tuple[int, int] | None = None
+    """the same of the training crops, where they differ: crops magnify, so that smaller ones fit, and train faster"""
     batch_size: int = 64
     """training images per step and process"""
     val_batch_size: int | None = None
@@ -380,10 +382,13 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def _shorter(size: int | tuple[int, int] | None) -> int | None:
+    return min(size) if isinstance(size, tuple) else size
+
+
 def _check(config: Config) -> None:
     """Raises on values that no run could mean."""
     model, data, augment, optim, schedule = config.model, config.data, config.augment, config.optim, config.schedule
-    sides = data.image_size if isinstance(data.image_size, tuple) else (data.image_size,)
     probabilities = {
         'model.drop_rate': model.drop_rate,
         'model.drop_path_rate': model.drop_path_rate or 0.0,
@@ -395,7 +400,8 @@ def _check(config: Config) -> None:
     }
     at_least = {
         'model.num_classes': (model.num_classes, 1),
-        'data.image_size': (min(side for side in sides if side is not None) if data.image_size else None, 1),
+        'data.image_size': (_shorter(data.image_size), 1),
+        'data.train_image_size': (_shorter(data.train_image_size), 1),
         'data.batch_size': (data.batch_size, 1),
         'data.val_batch_size': (data.val_batch_size, 1),
         'data.workers': (data.workers, 0),

@@ -234,18 +234,23 @@ def build_loaders(splits: Splits, config: Config, data_config: dict, pin_memory:
         data_config: timm's description of the network's input (input_size, interpolation, mean, std, crop_pct, ...).
         pin_memory: True if the batches go to a GPU.
     """
-    data, shape = config.data, tuple(data_config['input_size'])
-    pipeline = {'input_size': shape, 'mean': data_config['mean'], 'std': data_config['std'], 'normalize': False}
+    data, val_shape = config.data, tuple(data_config['input_size'])
+    train_size = data.train_image_size or val_shape[1:]
+    train_shape = (val_shape[0], *((train_size, train_size) if isinstance(train_size, int) else train_size))
+    pixels = {'mean': data_config['mean'], 'std': data_config['std'], 'normalize': False}
     evaluate = {key: data_config[key] for key in ('interpolation', 'crop_pct', 'crop_mode')}
     try:
-        train_transform = val_transform = create_transform(**pipeline, **evaluate)
-        if config.augment.crop_mode != 'none':
-            train_transform = _train_transform(config.augment, evaluate, pipeline)
+        val_transform = create_transform(val_shape, **pixels, **evaluate)
+        if config.augment.crop_mode == 'none':
+            train_transform = create_transform(train_shape, **pixels, **evaluate)
+        else:
+            train_transform = _train_transform(config.augment, train_shape, pixels, evaluate['interpolation'])
     except (AssertionError, KeyError, ValueError, RuntimeError) as error:
         raise TrainError(f'augment: {error or type(error).__name__}') from None
 
     loaders = []
-    for dataset, transform, train in ((splits.train, train_transform, True), (splits.val, val_transform, False)):
+    sides = (splits.train, train_transform, train_shape, True), (splits.val, val_transform, val_shape, False)
+    for dataset, transform, shape, train in sides:
         streamed = isinstance(dataset, IterableDataset)
         if streamed:
             samples = StreamedSamples(dataset, transform)
@@ -269,9 +274,10 @@ def build_loaders(splits: Splits, config: Config, data_config: dict, pin_memory:
     return tuple(loaders)
 
 
-def _train_transform(augment: AugmentConfig, evaluate: dict, pipeline: dict) -> Callable:
+def _train_transform(augment: AugmentConfig, shape: tuple[int, ...], pixels: dict, interpolation: str) -> Callable:
     return create_transform(
-        **pipeline,
+        shape,
+        **pixels,
         is_training=True,
         train_crop_mode=augment.crop_mode,
         scale=augment.scale,
@@ -280,7 +286,7 @@ def _train_transform(augment: AugmentConfig, evaluate: dict, pipeline: dict) -> 
         vflip=augment.vflip,
         color_jitter=augment.color_jitter or None,
         auto_augment=augment.auto_augment,
-        interpolation=augment.interpolation or evaluate['interpolation'],
+        interpolation=augment.interpolation or interpolation,
     )
 
 

@@ -24,8 +24,13 @@ def build_model(model: ModelConfig, data: DataConfig, num_classes: int) -> nn.Mo
     overlay = {'file': str(Path(model.checkpoint).resolve())} if model.checkpoint else None
     kwargs = dict(model.kwargs)
     try:
-        if size is not None and _has_fixed_size(model.name):
-            kwargs.setdefault('img_size', size)
+        if _has_fixed_size(model.name):
+            if data.train_image_size not in (None, size):
+                raise ValueError(
+                    'it takes one image size, data.train_image_size should not differ from data.image_size'
+                )
+            if size is not None:
+                kwargs.setdefault('img_size', size)
         network = timm.create_model(
             model.name,
             pretrained=model.pretrained or overlay is not None,

@@ -29,8 +29,9 @@ INPUT = {
 }
 
 
-def loaders(photos, workers=0, **augment):
-    config = Config(data=DataConfig(root=str(photos), batch_size=6, workers=workers), augment=AugmentConfig(**augment))
+def loaders(photos, workers=0, train_image_size=None, **augment):
+    data = DataConfig(root=str(photos), batch_size=6, workers=workers, train_image_size=train_image_size)
+    config = Config(data=data, augment=AugmentConfig(**augment))
     return build_loaders(open_splits(config.data), config, INPUT, pin_memory=False)
 
 
@@ -213,6 +214,13 @@ class Stream(IterableDataset):
     def __iter__(self):
         for index in range(8):
             yield self.transform(Image.new('RGB', (40, 40), (index, self.epoch, 0))), index % 2
+
+
+@pytest.mark.parametrize('crop_mode', ['rrc', 'none'])
+def test_smaller_training_crops(photos, crop_mode):
+    train, val = loaders(photos, train_image_size=(24, 16), crop_mode=crop_mode)
+    assert next(iter(train))[0].shape == (6, 3, 24, 16)
+    assert next(iter(val))[0].shape == (6, 3, 32, 32)
 
 
 def test_streams():

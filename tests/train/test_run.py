@@ -59,8 +59,9 @@ def test_what_a_run_leaves(finished):
         'best', 'last', 'checkpoints', 'tensorboard', 'run.yaml', 'metrics.csv', 'curves.png', 'summary.json',
     }  # fmt: skip
     for folder in ('best', 'last'):
-        assert {path.name for path in (finished / folder).iterdir()} == {
-            'model.safetensors', 'model_raw.safetensors', 'config.json', 'run.yaml',
+        names = {str(path.relative_to(finished / folder)) for path in (finished / folder).rglob('*.*')}
+        assert names == {
+            'model.safetensors', 'config.json', 'raw/model.safetensors', 'raw/config.json', 'run.yaml',
         }  # fmt: skip
     assert list((finished / 'tensorboard').rglob('events.*'))
     assert Image.open(finished / 'curves.png').size[0] > 800
@@ -96,7 +97,8 @@ def test_best_checkpoint_is_what_the_summary_says(finished, photos):
 
 
 def test_average_is_the_model(finished):
-    raw, averaged = (load_file(finished / 'last' / name) for name in ('model_raw.safetensors', 'model.safetensors'))
+    raw, averaged = (load_file(finished / name / 'model.safetensors') for name in ('last/raw', 'last'))
+    assert timm.create_model(f'local-dir:{finished / "last" / "raw"}', pretrained=True).num_classes == 3
     assert raw.keys() == averaged.keys()
     assert any(not torch.equal(raw[key], averaged[key]) for key in raw)
 
@@ -121,7 +123,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(finished, photos, tm
     )
     assert (status, errors) == (0, [])
     assert f'{kept} at epoch {int(kept[6:10]) + 1}, batch {int(kept[-8:])} of 4' in text
-    for name in ('model.safetensors', 'model_raw.safetensors'):
+    for name in ('model.safetensors', 'raw/model.safetensors'):
         assert same_weights(finished / 'last' / name, output / 'last' / name)
     ours, theirs = read(output / 'metrics.csv'), read(finished / 'metrics.csv')
     for row in (*ours, *theirs):
