@@ -239,7 +239,7 @@ def compare(problem: Problem, operands, results) -> None:
 
 def examples(share: float = 1.0, backend: str = '') -> int:
     """A share of the profile's number of examples; less where Triton is interpreted."""
-    return max(1, int(settings().max_examples * share * (0.05 if backend == 'triton' and INTERPRETED else 1)))
+    return max(3, int(settings().max_examples * share * (0.04 if backend == 'triton' and INTERPRETED else 1)))
 
 
 def assert_same(actual, expected) -> None:
@@ -254,7 +254,8 @@ def test_output_and_gradients_are_those_of_the_reference(device, backend):
     @given(problems())
     def holds(problem):
         operands = problem.operands(device)
-        with use_backend(backend), deterministic_algorithms(problem.deterministic and backend != 'reference'):
+        deterministic = problem.deterministic and backend != 'reference' and not INTERPRETED  # much too slow there
+        with use_backend(backend), deterministic_algorithms(deterministic):
             results = run(problem.arguments, *operands)
         compare(problem, operands, results)
 
