@@ -10,9 +10,11 @@ import os
 import sys
 from pathlib import Path
 
-# OpenMP's threads spin while they wait. Where the loaders' processes or others need the cores, that costs a training on
-# CPU most of its time. Read when torch is loaded.
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+# The threads of OpenMP (libgomp, which torch brings) spin for milliseconds when they wait. Where the loaders' processes
+# or others need the cores, a training on CPU loses most of its time to that; sleeping at once costs a third on idle
+# cores. Some microseconds of spinning are fast on both. Read when torch is loaded.
+if 'OMP_WAIT_POLICY' not in os.environ:
+    os.environ.setdefault('GOMP_SPINCOUNT', '20000')
 
 # Run as a folder, the first entry of the path is this folder, not the clone. The clone comes last: where the package is
 # installed, that one has the compiled operators.
