@@ -74,11 +74,11 @@ def load_weights(path: Path, model: nn.Module) -> None:
     model.load_state_dict(load_file(path))
 
 
-def prepare_output(config: Config) -> Path:
-    """Makes the run's folder and makes sure, before anything is trained, that it can be written and holds no other run.
+def check_output(config: Config) -> None:
+    """Makes the run's folder and makes sure, before anything is trained, that it can be written and is free.
 
     Raises:
-        TrainError: otherwise.
+        TrainError: if it cannot be written, or holds a run that is neither resumed nor to be overwritten.
     """
     output = Path(config.run.output)
     try:
@@ -87,17 +87,23 @@ def prepare_output(config: Config) -> Path:
             probe.write(b'writable')
     except OSError as error:
         raise TrainError(f'run.output: cannot write to {output}: {error.strerror}') from None
-    taken = [name for name in (*FOLDERS, *FILES) if (output / name).exists()]
-    if taken and config.resume is None:
-        if not config.run.overwrite:
-            raise TrainError(
-                f'run.output: {output} holds a run already ({taken[0]}); continue it with --resume auto, replace it '
-                f'with --run.overwrite true, or name another folder with --run.output'
-            )
-        for name in taken:
-            path = output / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return output
+    taken = next((name for name in (*FOLDERS, *FILES) if (output / name).exists()), None)
+    if taken and config.resume is None and not config.run.overwrite:
+        raise TrainError(
+            f'run.output: {output} holds a run already ({taken}); continue it with --resume auto, replace it with '
+            f'--run.overwrite true, or name another folder with --run.output'
+        )
+
+
+def begin_output(config: Config) -> None:
+    """Removes what an earlier run left in the folder, unless that one is resumed, and writes the configuration."""
+    output = Path(config.run.output)
+    if config.resume is None:
+        for name in FOLDERS:
+            shutil.rmtree(output / name, ignore_errors=True)
+        for name in FILES:
+            (output / name).unlink(missing_ok=True)
+    write_text(output / 'run.yaml', config.to_yaml())
 
 
 def find_checkpoint(config: Config) -> Path | None:

@@ -148,6 +148,10 @@ class Trainer:
         batch = self.state.batch * batches // before
         if batch < batches:  # updates start at multiples of this
             batch -= batch % self.config.optim.accumulate
+        if not (self.output / 'best' / 'model.safetensors').exists():
+            self.state.best = None  # another folder, or removed: the best is sought anew
+            if self.state.epoch >= self.config.schedule.epochs:
+                raise TrainError(f'--resume: {folder} has no epochs left of {self.config.schedule.epochs}')
         self.state.loss_sum *= batch / max(1, self.state.batch)
         self.state.batch, self.state.batches = batch, batches
         self.report.say(f'resumed {folder} at epoch {self.state.epoch + 1}, batch {self.state.batch} of {batches}')

@@ -31,7 +31,7 @@ from torch.utils.data import IterableDataset
 
 import dcnzoo
 
-from .checkpoint import Checkpoints, find_checkpoint, prepare_output, timm_config, write_json, write_text
+from .checkpoint import Checkpoints, begin_output, check_output, find_checkpoint, timm_config, write_json
 from .config import Config, parse
 from .data import BatchTransform, Splits, build_loaders, open_splits, seed_all, unreadable_limit
 from .errors import Interrupted, TrainError
@@ -59,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.cuda.OutOfMemoryError as error:
         print(f'error: {str(error).splitlines()[0]} Lower data.batch_size, raise optim.accumulate.', file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not str(error).startswith('DataLoader worker'):  # one that died, for want of memory most of the time
+            raise
+        print(f'error: {" ".join(str(error).split())} --data.workers 0 does without.', file=sys.stderr)
+        return 1
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -71,7 +76,7 @@ def train(config: Config) -> dict:
     checkpoint = find_checkpoint(config)
     output = Path(run.output)
     if accelerator.is_main_process:
-        prepare_output(config)
+        check_output(config)
     accelerator.wait_for_everyone()
 
     # data, then the model with as many outputs as there are classes
@@ -125,7 +130,7 @@ def train(config: Config) -> dict:
     if checkpoint is not None:
         trainer.resume(checkpoint)
     if accelerator.is_main_process:
-        write_text(output / 'run.yaml', config.to_yaml())
+        begin_output(config)
     if run.trackers:
         accelerator.init_trackers('dcnzoo')
 

@@ -264,6 +264,24 @@ def test_overwrite_removes_what_a_run_leaves_and_nothing_else(photos, tmp_path, 
     assert not (output / 'best' / 'old').exists()
 
 
+def test_a_mistake_costs_nothing_where_a_run_is_to_be_overwritten(finished, photos, tmp_path, train):
+    shutil.copytree(finished, tmp_path / 'run')
+    arguments = settings(photos, tmp_path / 'run', run__overwrite='true', model__name='dcnv4_tyni')
+    assert train(arguments)[0] == 1
+    assert (tmp_path / 'run' / 'summary.json').read_bytes() == (finished / 'summary.json').read_bytes()
+    assert same_weights(finished / 'best' / 'model.safetensors', tmp_path / 'run' / 'best' / 'model.safetensors')
+
+
+def test_resume_into_another_folder(finished, photos, tmp_path, train):
+    arguments = settings(photos, tmp_path / 'run', **RICH)
+    status, _, errors = train([*arguments, '--schedule.epochs', '3', '--resume', str(finished)])
+    assert status == 1
+    assert errors[0].endswith('has no epochs left of 3')
+    status, _, errors = train([*arguments, '--schedule.epochs', '4', '--resume', str(finished / 'best')])
+    assert (status, errors) == (0, [])
+    assert json.loads((tmp_path / 'run' / 'summary.json').read_text())['best_epoch'] == 4
+
+
 def test_loss_that_is_not_finite(photos, tmp_path, train):
     arguments = settings(photos, tmp_path / 'run', optim__name='sgd', run__log_every=1)
     assert train([*arguments, '--schedule.epochs', '1'])[0] == 0
