@@ -5,7 +5,7 @@
 
 template <typename T>
 struct BackwardPoints {
-  T *weights[4];          // as in the forward pass
+  T *weights;             // four a point, as in the forward pass
   T *fractions_x, *fractions_y;
   T *inside, *masks;      // 1 or 0; the mask, 0 outside
   T *dots;                // of the gradient with the cell's pixels, four a point
@@ -13,16 +13,14 @@ struct BackwardPoints {
   int32_t *offsets;       // of the cell in bytes, from the map's first pixel inside the border
 
   static int64_t bytes(int64_t capacity) {
-    return 9 * Workspace::bytes<T>(capacity) + Workspace::bytes<T>(4 * capacity) + Workspace::bytes<T>(2 * capacity) +
+    return 5 * Workspace::bytes<T>(capacity) + 2 * Workspace::bytes<T>(4 * capacity) + Workspace::bytes<T>(2 * capacity) +
            Workspace::bytes<int32_t>(capacity);
   }
   BackwardPoints(Workspace& workspace, int64_t capacity) {
-    for (T*& array : weights) {
-      array = workspace.take<T>(capacity);
-    }
     for (T** array : {&fractions_x, &fractions_y, &inside, &masks, &mask_grads}) {
       *array = workspace.take<T>(capacity);
     }
+    weights = workspace.take<T>(4 * capacity);
     dots = workspace.take<T>(4 * capacity);
     position_grads = workspace.take<T>(2 * capacity);
     offsets = workspace.take<int32_t>(capacity);
@@ -59,10 +57,7 @@ DCNZOO_INLINE void find_bordered_cells(
     const Vector cell_x = floor(x), cell_y = floor(y);
     const Vector u = x - cell_x, v = y - cell_y;
     const Vector top = mask * (one - v), bottom = mask * v;
-    (top * (one - u)).store(points.weights[0] + i);
-    (top * u).store(points.weights[1] + i);
-    (bottom * (one - u)).store(points.weights[2] + i);
-    (bottom * u).store(points.weights[3] + i);
+    Vector::store_interleaved(points.weights + 4 * i, top * (one - u), top * u, bottom * (one - u), bottom * u);
     u.store(points.fractions_x + i);
     v.store(points.fractions_y + i);
     mask.store(points.masks + i);
@@ -110,19 +105,19 @@ DCNZOO_INLINE void scatter(
       }
       Vector::store_sums(block.dots + 4 * k, dots[0], dots[1], dots[2], dots[3]);
     }
+    Vector weights[4];
+    Vector::load_four(block.weights + 4 * k, weights);
     for (int64_t below = 0; below < 2; ++below) {
       const int64_t target_offset = offset + below * row;
       if (kBands && (target_offset < first || target_offset >= last)) {
         continue;
       }
       T* target = reinterpret_cast<T*>(sum_base + target_offset);
-      const Vector left = Vector::broadcast(block.weights[2 * below][k]);
-      const Vector right = Vector::broadcast(block.weights[2 * below + 1][k]);
       for (int64_t j = 0; j < length; ++j) {
         T* left_target = target + j * lanes;
         T* right_target = left_target + sums.pixel;
-        const Vector left_sum = fma(left, grad(j), Vector::load(left_target));
-        const Vector right_sum = fma(right, grad(j), Vector::load(right_target));
+        const Vector left_sum = fma(weights[2 * below], grad(j), Vector::load(left_target));
+        const Vector right_sum = fma(weights[2 * below + 1], grad(j), Vector::load(right_target));
         left_sum.store(left_target);
         right_sum.store(right_target);
       }

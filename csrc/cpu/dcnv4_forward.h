@@ -5,14 +5,12 @@
 
 template <typename T>
 struct Cells {
-  T* weights[4];     // mask times the weights of the cell's pixels, row by row
+  T* weights;        // mask times the weights of the cell's pixels, row by row, four a point
   int32_t* offsets;  // of the cell in bytes
 
-  static int64_t bytes(int64_t capacity) { return 4 * Workspace::bytes<T>(capacity) + Workspace::bytes<int32_t>(capacity); }
+  static int64_t bytes(int64_t capacity) { return Workspace::bytes<T>(4 * capacity) + Workspace::bytes<int32_t>(capacity); }
   Cells(Workspace& workspace, int64_t capacity) {
-    for (T*& array : weights) {
-      array = workspace.take<T>(capacity);
-    }
+    weights = workspace.take<T>(4 * capacity);
     offsets = workspace.take<int32_t>(capacity);
   }
 };
@@ -36,10 +34,7 @@ DCNZOO_INLINE void find_cells(
     const Vector u = x - cell_x, v = y - cell_y;
     const Vector left = max(min(one + u, one - u), zero), right = max(min(u, end_x - u), zero);
     const Vector top = mask * max(min(one + v, one - v), zero), bottom = mask * max(min(v, end_y - v), zero);
-    (top * left).store(cells.weights[0] + i);
-    (top * right).store(cells.weights[1] + i);
-    (bottom * left).store(cells.weights[2] + i);
-    (bottom * right).store(cells.weights[3] + i);
+    Vector::store_interleaved(cells.weights + 4 * i, top * left, top * right, bottom * left, bottom * right);
     store_offsets(cells.offsets + i, cell_x, cell_y, x_step, y_step);
   }
 }
@@ -62,8 +57,10 @@ DCNZOO_INLINE bool gather(
   }
   for (int64_t k = 0; k < count; ++k) {
     const int64_t offset = cells.offsets[first + k];
+    Vector weights[4];
+    Vector::load_four(cells.weights + 4 * (first + k), weights);
     for (int64_t corner = 0; corner < 4; ++corner) {
-      const Vector weight = Vector::broadcast(cells.weights[corner][first + k]);
+      const Vector weight = weights[corner];
       const V* source = reinterpret_cast<const V*>(corners[corner] + offset);
       for (int64_t j = 0; j < kVectors; ++j) {
         const bool partial = kPartial && j == kVectors - 1;

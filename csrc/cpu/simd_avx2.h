@@ -60,6 +60,25 @@ struct FloatVector {
     low.r = _mm256_permute2f128_ps(outer, inner, 0x20);
     high.r = _mm256_permute2f128_ps(outer, inner, 0x31);
   }
+  // Stores a[0], b[0], c[0], d[0], a[1], ...
+  static DCNZOO_INLINE void store_interleaved(float* p, FloatVector a, FloatVector b, FloatVector c, FloatVector d) {
+    FloatVector ac[2], bd[2], low, high;
+    join_pairs(a, c, ac[0], ac[1]);
+    join_pairs(b, d, bd[0], bd[1]);
+    for (int64_t i = 0; i < 2; ++i) {
+      join_pairs(ac[i], bd[i], low, high);
+      low.store(p + 16 * i);
+      high.store(p + 16 * i + 8);
+    }
+  }
+  // Four numbers, each in all lanes.
+  static DCNZOO_INLINE void load_four(const float* p, FloatVector (&numbers)[4]) {
+    const __m256 four = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+    numbers[0].r = _mm256_permute_ps(four, 0x00);
+    numbers[1].r = _mm256_permute_ps(four, 0x55);
+    numbers[2].r = _mm256_permute_ps(four, 0xaa);
+    numbers[3].r = _mm256_permute_ps(four, 0xff);
+  }
   // Stores the sums of the lanes of four vectors.
   static DCNZOO_INLINE void store_sums(float* p, FloatVector a, FloatVector b, FloatVector c, FloatVector d) {
     const __m256 ab = _mm256_hadd_ps(a.r, b.r), cd = _mm256_hadd_ps(c.r, d.r), abcd = _mm256_hadd_ps(ab, cd);

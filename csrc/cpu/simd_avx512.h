@@ -54,6 +54,25 @@ struct FloatVector {
     low.r = _mm512_permutex2var_ps(even.r, lows, odd.r);
     high.r = _mm512_permutex2var_ps(even.r, highs, odd.r);
   }
+  // Stores a[0], b[0], c[0], d[0], a[1], ...
+  static DCNZOO_INLINE void store_interleaved(float* p, FloatVector a, FloatVector b, FloatVector c, FloatVector d) {
+    FloatVector ac[2], bd[2], low, high;
+    join_pairs(a, c, ac[0], ac[1]);
+    join_pairs(b, d, bd[0], bd[1]);
+    for (int64_t i = 0; i < 2; ++i) {
+      join_pairs(ac[i], bd[i], low, high);
+      low.store(p + 32 * i);
+      high.store(p + 32 * i + 16);
+    }
+  }
+  // Four numbers, each in all lanes.
+  static DCNZOO_INLINE void load_four(const float* p, FloatVector (&numbers)[4]) {
+    const __m512 four = _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+    numbers[0].r = _mm512_permute_ps(four, 0x00);
+    numbers[1].r = _mm512_permute_ps(four, 0x55);
+    numbers[2].r = _mm512_permute_ps(four, 0xaa);
+    numbers[3].r = _mm512_permute_ps(four, 0xff);
+  }
   // Stores the sums of the lanes of four vectors.
   static DCNZOO_INLINE void store_sums(float* p, FloatVector a, FloatVector b, FloatVector c, FloatVector d) {
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.r, b.r), _mm512_unpackhi_ps(a.r, b.r));

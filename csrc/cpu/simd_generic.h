@@ -74,6 +74,22 @@ struct GenericVector {
       high.r[2 * i + 1] = odd.r[i + kLanes / 2];
     }
   }
+  // Stores a[0], b[0], c[0], d[0], a[1], ...
+  static DCNZOO_INLINE void store_interleaved(
+      T* p, GenericVector a, GenericVector b, GenericVector c, GenericVector d) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const typename LanesOf<T, 4>::type four{a.r[i], b.r[i], c.r[i], d.r[i]};
+      __builtin_memcpy(p + 4 * i, &four, sizeof(four));
+    }
+  }
+  // Four numbers, each in all lanes.
+  static DCNZOO_INLINE void load_four(const T* p, GenericVector (&numbers)[4]) {
+    typename LanesOf<T, 4>::type four;
+    __builtin_memcpy(&four, p, sizeof(four));
+    for (int64_t i = 0; i < 4; ++i) {
+      numbers[i] = broadcast(four[i]);
+    }
+  }
   // Stores the sums of the lanes of four vectors.
   static DCNZOO_INLINE void store_sums(T* p, GenericVector a, GenericVector b, GenericVector c, GenericVector d) {
     typename LanesOf<T, 4>::type sums{};
