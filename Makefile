@@ -18,13 +18,16 @@ export DCNZOO_TEST_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: help demo test test-all test-lowest lint format clean
+.PHONY: help demo test test-all test-lowest cuda fuzz sanitize lint format clean
 
 help:
 	@echo 'make demo         install into $(VENV), train dcnv4_atto on handwritten digits, classify images it never saw'
 	@echo 'make test         install into $(VENV) and run the tests'
 	@echo 'make test-all     the same with the tests that take minutes'
 	@echo 'make test-lowest  run the tests on the oldest supported versions, in $(VENV)-lowest'
+	@echo 'make cuda         compile and link the CUDA operators, which takes nvcc and no GPU, and check their registers'
+	@echo 'make fuzz         ten thousand random calls of the operator against its specification'
+	@echo 'make sanitize     run the tests of the operator on a library with AddressSanitizer and UBSan'
 	@echo 'make lint         check style with ruff; `make format` repairs it'
 	@echo 'make clean        remove what was built, the virtual environments too; runs/ stays'
 
@@ -47,6 +50,18 @@ test-all: $(VENV)/.native $(VENV)/.test
 
 test-lowest: $(VENV)-lowest/.installed
 	$(VENV)-lowest/bin/python -m pytest -n $(JOBS) --maxprocesses 8 -m 'not slow'
+
+cuda: $(VENV)/.test
+	@echo '==> Compiling the CUDA operators'
+	DCNZOO_CPU=0 DCNZOO_CUDA=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/cuda --build-temp build/cuda.temp
+	@echo '==> Checking that no specialised kernel spills registers'
+	$(BIN)/python -m pytest -m slow tests/gpu/test_build.py
+
+fuzz: $(VENV)/.native $(VENV)/.test
+	$(BIN)/python -m pytest tests/ops/test_properties.py --hypothesis-profile=fuzz
+
+sanitize: $(VENV)/.test
+	$(BIN)/python tests/sanitize.py
 
 lint: $(VENV)/.test
 	@echo '==> Checking style'

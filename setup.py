@@ -77,9 +77,7 @@ def cpu_extension() -> list:
             'dcnzoo._cpu',
             sources('ops.cpp', 'cpu/*.cpp'),
             define_macros=MACROS,
-            extra_compile_args={
-                'cxx': ['/O2'] if MSVC else ['-O3', '-g0', '-ffp-contract=off', HIDDEN, '-Wall']
-            },
+            extra_compile_args={'cxx': ['/O2'] if MSVC else ['-O3', '-g0', '-ffp-contract=off', HIDDEN, '-Wall']},
             py_limited_api=True,
         )
     ]
