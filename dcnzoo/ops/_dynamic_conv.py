@@ -130,23 +130,79 @@ def _convolve(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
+    """Convolves a few samples after another where that keeps what it works on in the caches, otherwise all at once."""
+    n = x.shape[0]
+    if x.device.type != 'cpu' or _is_recorded():
+        return _convolve_together(x, weight, routing, bias, kernel_size, stride, padding, dilation, groups)
+    few = _samples_at_once(x, weight, kernel_size, stride, padding, groups)
+    if n <= few:
+        return _convolve_together(x, weight, routing, bias, kernel_size, stride, padding, dilation, groups)
+    outs: list[Tensor] = []
+    for i in range(0, n, few):
+        part, shares = x[i : i + few], routing[i : i + few]
+        outs.append(_convolve_together(part, weight, shares, bias, kernel_size, stride, padding, dilation, groups))
+    return torch.cat(outs)
+
+
+def _samples_at_once(
+    x: Tensor, weight: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], groups: int
+) -> int:
+    """How many samples' kernels, and maps where they are copied to another layout, to hold at a time on a CPU.
+
+    Chosen by measurement with the layers of ParameterNet. A product of matrices copies no maps. Convolutions of several
+    samples as one work on copies, which cost less in channels_last, yet more than there is to gain for large maps and
+    for dense kernels.
+    """
+    channels, taps = x.shape[1], kernel_size[0] * kernel_size[1]
+    kernel = weight.shape[1]
+    if _is_matrix_product(kernel_size, padding, groups):
+        return max(1, (1 << 21) // kernel)
+    pixels = x.shape[2] * x.shape[3]
+    out_channels = kernel * groups // (channels * taps)
+    values = kernel + channels * pixels + out_channels * (pixels // (stride[0] * stride[1]))
+    if not _is_channels_last(x):
+        return max(2, (1 << 21) // values)
+    return max(1, (1 << 19) // values) if groups == channels else 1
+
+
+def _is_matrix_product(kernel_size: list[int], padding: list[int], groups: int) -> bool:
+    return kernel_size[0] == 1 and kernel_size[1] == 1 and padding[0] == 0 and padding[1] == 0 and groups == 1
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _is_recorded() -> bool:
+    """Whether torch.compile or torch.export looks on, who would repeat a loop's body for every turn."""
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return torch.compiler.is_compiling()
+
+
+def _convolve_together(
+    x: Tensor,
+    weight: Tensor,
+    routing: Tensor,
+    bias: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Mixes the kernels of all samples, then convolves them by one operation."""
     n, channels = x.shape[0], x.shape[1]
     taps = kernel_size[0] * kernel_size[1]
+    channels_last = _is_channels_last(x)
     kernels = torch.matmul(routing, weight)
     out_channels = weight.shape[1] * groups // (channels * taps)
     biases: Tensor | None = None
     if bias is not None:
         biases = torch.matmul(routing, bias)
 
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-    if n == 1:
-        kernel = kernels.view(out_channels, channels // groups, kernel_size[0], kernel_size[1])
-        if biases is not None:
-            biases = biases.view(out_channels)
-        return F.conv2d(x, kernel, biases, stride, padding, dilation, groups)
-
-    if taps == 1 and groups == 1 and padding[0] == 0 and padding[1] == 0:
+    if _is_matrix_product(kernel_size, padding, groups):
         if stride[0] > 1 or stride[1] > 1:
             x = x[:, :, :: stride[0], :: stride[1]]
         height, width = x.shape[2], x.shape[3]
@@ -164,8 +220,10 @@ def _convolve(
             out = torch.baddbmm(biases.unsqueeze(2), kernels, x.flatten(2))
         return out.view(n, out_channels, height, width)
 
-    if n == 0:  # nothing to convolve, and still a graph for the gradients, which are zeros
-        kernel = kernels.sum(0).view(out_channels, channels // groups, kernel_size[0], kernel_size[1])
+    if n <= 1:
+        if n == 0:  # nothing to convolve, and still a graph for the gradients, which are zeros
+            kernels = kernels.sum(0)
+        kernel = kernels.view(out_channels, channels // groups, kernel_size[0], kernel_size[1])
         if biases is not None:
             biases = biases.sum(0)
         return F.conv2d(x, kernel, biases, stride, padding, dilation, groups)

@@ -10,7 +10,7 @@ import torch
 from timm.layers import CondConv2d
 from torch import Tensor
 
-from dcnzoo.ops import dynamic_conv2d, reference
+from dcnzoo.ops import _dynamic_conv, dynamic_conv2d, reference
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
@@ -115,6 +115,42 @@ def test_output_and_gradients(case, dtype, channels_last):
     wanted = torch.autograd.grad(expected, [o for o in exact if o is not None], grad_output)
     for gradient, want in zip(gradients, wanted, strict=True):
         assert error(gradient, want) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize('channels_last', [False, True], ids=['contiguous', 'channels_last'])
+@pytest.mark.parametrize('few', [1, 2])
+@pytest.mark.parametrize('case', [case for case in CASES if case.batch > 1], ids=lambda case: case.name)
+def test_a_few_samples_at_a_time(case, few, channels_last, monkeypatch):
+    monkeypatch.setattr(_dynamic_conv, '_samples_at_once', lambda *_: few)
+    operands = [None if o is None else o.requires_grad_() for o in case.operands(channels_last=channels_last)]
+    inputs = [o for o in operands if o is not None]
+    output, expected = dynamic_conv2d(*operands, **case.geometry), case.expected(*operands)
+    assert error(output, expected) < 1e-12
+    gradients, wanted = (torch.autograd.grad(out.square().sum(), inputs) for out in (output, expected))
+    for gradient, want in zip(gradients, wanted, strict=True):
+        assert error(gradient, want) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ('case', 'samples'),
+    [
+        (Case('wide', 5, 512, 1024, 3, 2, arguments={'kernel_size': 1, 'padding': 0}), {False: 4, True: 4}),
+        (Case('narrow', 5, 64, 64, 56, 56, arguments={'kernel_size': 1, 'padding': 0}), {False: 512, True: 512}),
+        (Case('large', 5, 4, 4, 260, 256, arguments={'groups': 4}), {False: 3, True: 1}),
+        (Case('larger', 3, 16, 16, 256, 256, arguments={'groups': 16}), {False: 2, True: 1}),
+        (Case('small', 5, 6, 6, 9, 8, arguments={'groups': 6}), {False: 2284, True: 571}),
+    ],
+    ids=lambda case: getattr(case, 'name', ''),
+)
+@pytest.mark.parametrize('channels_last', [False, True], ids=['contiguous', 'channels_last'])
+@torch.no_grad()
+def test_how_many_samples_at_a_time(case, samples, channels_last):
+    x, weight, routing, bias = case.operands(torch.float32, channels_last)
+    sizes = [pair(case.geometry[name]) for name in ('kernel_size', 'stride', 'padding')]
+    assert _dynamic_conv._samples_at_once(x, weight, *sizes, case.geometry['groups']) == samples[channels_last]
+    output = dynamic_conv2d(x, weight, routing, bias, **case.geometry)
+    assert error(output, case.expected(x, weight, routing, bias)) < TOLERANCE[torch.float32]
+    assert output.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 @pytest.mark.parametrize('name', ['plain', 'pointwise_bias', 'depthwise_stride', 'one_sample', 'groups'])
@@ -267,7 +303,8 @@ class Module(torch.nn.Module):
         return dynamic_conv2d(x, weight, routing, bias, **self.geometry)
 
 
-TRANSFORMED = [BY_NAME[name] for name in ('bias', 'pointwise_bias', 'depthwise', 'depthwise_stride', 'groups')]
+NAMES = ('bias', 'pointwise_bias', 'depthwise', 'depthwise_stride', 'groups')
+TRANSFORMED = [BY_NAME[name] for name in NAMES]
 
 
 @pytest.mark.parametrize('case', TRANSFORMED, ids=lambda case: case.name)
