@@ -132,7 +132,7 @@ def _convolve(
 ) -> Tensor:
     """Convolves a few samples after another where that keeps what it works on in the caches, otherwise all at once."""
     n = x.shape[0]
-    if x.device.type != 'cpu' or _is_recorded():
+    if n <= 1 or x.device.type != 'cpu' or _is_recorded():
         return _convolve_together(x, weight, routing, bias, kernel_size, stride, padding, dilation, groups)
     few = _samples_at_once(x, weight, kernel_size, stride, padding, groups)
     if n <= few:
