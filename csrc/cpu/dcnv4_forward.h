@@ -58,7 +58,14 @@ DCNZOO_INLINE bool gather(
   for (int64_t k = 0; k < count; ++k) {
     const int64_t offset = cells.offsets[first + k];
     Vector weights[4];
-    Vector::load_four(cells.weights + 4 * (first + k), weights);
+    if constexpr (sizeof(V) < sizeof(T)) {
+      // To widen the pixels keeps the shuffles busy enough.
+      for (int64_t corner = 0; corner < 4; ++corner) {
+        weights[corner] = Vector::broadcast(cells.weights[4 * (first + k) + corner]);
+      }
+    } else {
+      Vector::load_four(cells.weights + 4 * (first + k), weights);
+    }
     for (int64_t corner = 0; corner < 4; ++corner) {
       const Vector weight = weights[corner];
       const V* source = reinterpret_cast<const V*>(corners[corner] + offset);
