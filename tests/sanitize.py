@@ -65,7 +65,16 @@ def main() -> int:
             'UBSAN_OPTIONS': 'print_stacktrace=1',
             'PYTHONPATH': str(folder),
         }
-        arguments = sys.argv[1:] or ['-q', '-x', '-p', 'no:cacheprovider', '-k', f'not ({LEFT_OUT})', *TESTS]
+        arguments = sys.argv[1:] or [
+            '-q',
+            '-x',
+            '--capture=sys',
+            '-p',
+            'no:cacheprovider',
+            '-k',
+            f'not ({LEFT_OUT})',
+            *TESTS,
+        ]
         return subprocess.run([sys.executable, '-m', 'pytest', *arguments], cwd=folder, env=environment).returncode
 
 
