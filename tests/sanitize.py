@@ -55,12 +55,16 @@ def main() -> int:
         shutil.copy(ROOT / 'pyproject.toml', folder)
         print('Building the CPU library with sanitizers', flush=True)
         compiler = build(folder)
-        runtime = subprocess.run(
-            [*compiler, '-print-file-name=libasan.so'], check=True, capture_output=True, text=True
-        ).stdout.strip()
+        # The C++ runtime with it: the sanitizer must find the function that throws exceptions when it starts.
+        runtimes = [
+            subprocess.run(
+                [*compiler, f'-print-file-name={library}'], check=True, capture_output=True, text=True
+            ).stdout.strip()
+            for library in ('libasan.so', 'libstdc++.so')
+        ]
         environment = {
             **os.environ,
-            'LD_PRELOAD': os.path.realpath(runtime),
+            'LD_PRELOAD': ' '.join(map(os.path.realpath, runtimes)),
             'ASAN_OPTIONS': 'detect_leaks=0',  # Python and torch keep what they have until the end
             'UBSAN_OPTIONS': 'print_stacktrace=1',
             'PYTHONPATH': str(folder),
