@@ -118,8 +118,8 @@ def cuda_extension() -> list:
             'dcnzoo._cuda',
             ['csrc/ops.cpp', *files],
             define_macros=[*MACROS, ('USE_CUDA', None), ('DCNZOO_CUDA', None)],
-            # Some toolkits, the Python packages of CUDA among them, keep libcudart in lib, where torch does not look.
-            library_dirs=[str(Path(cpp_extension.CUDA_HOME) / 'lib')],
+            # Where torch does not look: lib of toolkits without lib64, and below the prefix of a wrapper called nvcc.
+            library_dirs=[str(Path(cpp_extension.CUDA_HOME) / folder) for folder in ('lib', 'cuda/lib', 'cuda/lib64')],
             extra_compile_args={
                 'cxx': ['/O2'] if MSVC else ['-O3', HIDDEN],
                 'nvcc': ['-O3', '--threads=2', '-Xptxas=-v', *([] if MSVC else [f'-Xcompiler={HIDDEN}'])],
