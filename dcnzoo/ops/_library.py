@@ -12,6 +12,8 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 import torch
 
@@ -38,7 +40,8 @@ _REINSTALL = 'pip install --no-build-isolation --no-deps --force-reinstall dcnzo
 
 def _load_native(device: str) -> str | None:
     """Loads the compiled library for a device type; returns None, or why there is none."""
-    found = importlib.util.find_spec(f'dcnzoo._{device}')
+    # Beside this very package: the import system would also offer the library of an editable installation elsewhere.
+    found = PathFinder.find_spec(f'_{device}', [str(Path(__file__).parents[1])])
     if found is None:
         needs = 'a C++ compiler' if device == 'cpu' else 'nvcc and a CUDA build of torch'
         return f'the {device.upper()} library was not built; with {needs} installed, run `{_REINSTALL}`'
