@@ -61,15 +61,20 @@ def settings(photos, output, **changes):
     return [word for key, value in values.items() for word in (f'--{key}', str(value))]
 
 
+def forget_accelerator():
+    """accelerate keeps one state per process; before every run in this one it has to start anew."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
 @pytest.fixture
 def train(capsys):
     """Trains in this process; returns the exit status, standard output and the lines of standard error."""
 
     def run(arguments):
         capsys.readouterr()
+        forget_accelerator()
         status = main([str(argument) for argument in arguments])
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
         output = capsys.readouterr()
         return status, output.out, output.err.splitlines()
 

@@ -18,7 +18,7 @@ from dcnzoo.train.loop import Trainer
 from dcnzoo.train.main import launched_processes
 from dcnzoo.train.main import train as run
 
-from .conftest import CLASSES, settings
+from .conftest import CLASSES, forget_accelerator, settings
 
 
 def read(path):
@@ -49,6 +49,7 @@ RICH = {  # everything random or with a memory is on
 def finished(photos, tmp_path_factory):
     """A finished run of three epochs of four batches, in updates of two, with every checkpoint kept."""
     output = tmp_path_factory.mktemp('runs') / 'finished'
+    forget_accelerator()
     run(parse(settings(photos, output, schedule__epochs=3, run__trackers='[tensorboard]', **RICH)))
     return output
 
