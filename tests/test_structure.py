@@ -23,6 +23,7 @@ MAY_IMPORT = {
     'models': ({'layers', 'ops'}, {'timm', 'torch'}),
     'hub': ({'models', '_version'}, {'huggingface_hub', 'safetensors', 'timm', 'torch'}),
     'convert': ({'hub', 'models', '_version'}, {'huggingface_hub', 'safetensors', 'timm', 'torch'}),
+    'macs': (set(), {'torch'}),
     'integrations': ({'layers', 'models', 'ops'}, None),
     'visualize': ({'layers', 'models', 'ops'}, {'PIL', 'matplotlib', 'torch'}),
     'train': ({'__init__', '_version', 'hub', 'layers', 'models', 'ops'}, None),

@@ -3,12 +3,11 @@
 import argparse
 import fnmatch
 import json
-import math
 
 import timm
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from ..macs import count_macs
 from ._errors import CommandError
 from ._models import nearest
 from ._table import Table
@@ -44,24 +43,15 @@ def model_names(pattern: str | None = None) -> list[str]:
     return fnmatch.filter(names, pattern if any(c in pattern for c in '*?[') else f'*{pattern}*')
 
 
-def _dcnv4_flops(value, offset_mask, groups, kernel_h, kernel_w, *geometry, out_shape, **_):
-    *_, remove_center, _ = geometry
-    points = kernel_h * kernel_w - int(remove_center)
-    return 2 * 4 * points * math.prod(out_shape)  # four corners per point
-
-
 def describe(name: str) -> dict:
     """Facts about a model of timm's registry, without allocating its weights."""
     with torch.device('meta'):
         model = timm.create_model(name).eval()
     size = model.pretrained_cfg['input_size']
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.dcnzoo.dcnv4: _dcnv4_flops})
-    with counter, torch.no_grad():
-        model(torch.empty(1, *size, device='meta'))
     return {
         'name': name,
         'params': sum(parameter.numel() for parameter in model.parameters()),
-        'macs': counter.get_total_flops() // 2,
+        'macs': count_macs(model, size),
         'input_size': list(size),
         'pretrained': [tagged.partition('.')[2] for tagged in timm.list_pretrained(f'{name}.*')],
     }
