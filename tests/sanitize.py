@@ -21,7 +21,14 @@ from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[1]
 SANITIZERS = '-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=undefined,float-cast-overflow'
-TESTS = ['tests/ops/test_dcnv4.py', 'tests/ops/test_properties.py', 'tests/ops/test_native_cpu.py']
+TESTS = [
+    'tests/ops/test_dcnv4.py',
+    'tests/ops/test_deform_attn.py',
+    'tests/ops/test_properties.py',
+    'tests/ops/test_deform_attn_properties.py',
+    'tests/ops/test_native_cpu.py',
+    'tests/ops/test_native_deform_attn.py',
+]
 LEFT_OUT = 'compile or opcheck'  # these start compilers, whose own processes cannot be preloaded
 
 

@@ -6,7 +6,8 @@ from torch._jit_internal import BroadcastingList2
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import reference
-from ._library import chosen_backend, exporting, library, missing, operator, warn_slow
+from ._library import chosen_backend, exporting, operator
+from ._registration import register
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -180,102 +181,8 @@ def _check(value, offset_mask, groups, geometry, offset_scale, remove_center, so
         )
 
 
-def _reference_forward(value, offset_mask, *geometry):
-    warn_slow(value.device.type)
-    return reference.dcnv4(value, offset_mask, *geometry)
+def _fake(value, offset_mask, *geometry):
+    return value.new_empty((*offset_mask.shape[:3], value.shape[3]))
 
 
-def _reference_backward(grad_output, value, offset_mask, *geometry_deterministic):
-    return reference.dcnv4_backward(grad_output, value, offset_mask, *geometry_deterministic[:-1])
-
-
-def _triton_forward(*arguments):
-    from . import _triton  # imports the compiler, so only at first use
-
-    return _triton.dcnv4(*arguments)
-
-
-def _triton_backward(*arguments):
-    from . import _triton
-
-    return _triton.dcnv4_backward(*arguments)
-
-
-def _fake_forward(value, offset_mask, *geometry):
-    n, out_h, out_w, _ = offset_mask.shape
-    return value.new_empty((n, out_h, out_w, value.shape[3]))
-
-
-def _fake_backward(grad_output, value, offset_mask, *geometry_deterministic):
-    return value.new_empty(value.shape), offset_mask.new_empty(offset_mask.shape)
-
-
-def _save_forward(ctx, inputs, output):
-    value, offset_mask, *ctx.geometry = inputs
-    ctx.save_for_backward(value, offset_mask)
-
-
-def _save_backward(ctx, inputs, output):
-    *tensors, ctx.geometry = *inputs[:3], inputs[3:-1]
-    ctx.save_for_backward(*tensors)
-
-
-def _double_backward(ctx, grad_of_value, grad_of_offset_mask):
-    """Second derivatives are rare enough to be left to the reference."""
-    with torch.enable_grad():
-        inputs = tuple(tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
-        grad_output, *operands = inputs
-        output = reference.dcnv4(*operands, *ctx.geometry)
-        first = torch.autograd.grad(output, operands, grad_output, create_graph=True)
-    second = torch.autograd.grad(first, inputs, (grad_of_value, grad_of_offset_mask), allow_unused=True)
-    return *second, *(None for _ in ctx.geometry), None
-
-
-def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    """Moves a vmapped dimension, or adds one for an operand that has none, and folds it into the batch."""
-    batched = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return batched.flatten(0, 1)
-
-
-def _vmap_rule(op: torch._ops.OpOverload, tensors: int):
-    def rule(info, in_dims, *arguments):
-        folded = [_fold(*pair, info.batch_size) for pair in zip(arguments[:tensors], in_dims[:tensors], strict=True)]
-        result = op(*folded, *arguments[tensors:])
-        if isinstance(result, Tensor):
-            return result.unflatten(0, (info.batch_size, -1)), 0
-        return tuple(part.unflatten(0, (info.batch_size, -1)) for part in result), (0, 0)
-
-    return rule
-
-
-def _register(backend: str | None) -> None:
-    """Gives an operator and its backward everything but a kernel: fake, autograd, vmap, autocast."""
-    forward_op, backward_op = operator('dcnv4', backend), operator('dcnv4_backward', backend)
-
-    def backward(ctx, grad_output):
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.geometry, deterministic)
-        return *grads, *(None for _ in ctx.geometry)
-
-    torch.library.register_fake(forward_op, _fake_forward, lib=library)
-    torch.library.register_fake(backward_op, _fake_backward, lib=library)
-    torch.library.register_autograd(forward_op, backward, setup_context=_save_forward, lib=library)
-    torch.library.register_autograd(backward_op, _double_backward, setup_context=_save_backward, lib=library)
-    torch.library.register_vmap(forward_op, _vmap_rule(forward_op, 2), lib=library)
-    torch.library.register_vmap(backward_op, _vmap_rule(backward_op, 3), lib=library)
-    for key in ('AutocastCPU', 'AutocastCUDA', 'AutocastXPU', 'AutocastMPS'):
-        # Autocast leaves the operands as they come: the kernels compute in float32 for half types anyway.
-        for op in (forward_op, backward_op):
-            library.impl(op, torch.library.fallthrough_kernel, key)
-
-
-_register(None)
-_register('triton')
-library.impl('dcnv4', _reference_forward, 'CompositeExplicitAutograd')
-library.impl('dcnv4_backward', _reference_backward, 'CompositeExplicitAutograd')
-library.impl('dcnv4_triton', _triton_forward, 'CompositeExplicitAutograd')
-library.impl('dcnv4_backward_triton', _triton_backward, 'CompositeExplicitAutograd')
-for _device in ('cuda', 'xpu'):
-    if missing('native', _device) and not missing('triton', _device):
-        library.impl('dcnv4', _triton_forward, _device.upper())
-        library.impl('dcnv4_backward', _triton_backward, _device.upper())
+register('dcnv4', tensors=2, fake=_fake)

@@ -4,6 +4,8 @@ The fast paths are tested against these functions, exporters see them instead of
 where no fast path was built. They favour being read over being fast.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,12 +38,8 @@ def dcnv4(
     )  # fmt: skip
     if softmax:
         mask = mask.softmax(-1)
-    inside, x, y, mask = _keep_inside(x, y, mask, value.shape[1], value.shape[2])
     maps = _split_groups(value.to(dtype), groups)
-    out = torch.zeros((), dtype=dtype, device=value.device)
-    for index, seen, weight_x, weight_y, _, _ in _corners(inside, x, y, value.shape[1], value.shape[2]):
-        corner = _gather(maps, index, seen, offset_mask.shape[:3])
-        out = out + (corner * (weight_x * weight_y * mask).unsqueeze(-1)).sum(-2)
+    out = _sample(maps, x, y, mask, value.shape[1], value.shape[2], offset_mask.shape[:3])
     return out.flatten(3).to(value.dtype)
 
 
@@ -62,11 +60,7 @@ def dcnv4_backward(
     remove_center: bool,
     softmax: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `dcnv4`, written out because a kernel below autograd cannot call autograd.
-
-    The dot product of the output's gradient with each corner gives the gradients of mask and offsets as scalar
-    combinations; the value map's gradient is scattered back through the same corners.
-    """
+    """Gradients of `dcnv4`, written out because a kernel below autograd cannot call autograd."""
     dtype = _arithmetic(value.dtype)
     n, height, width, channels = value.shape
     x, y, raw_mask = _points(
@@ -74,20 +68,10 @@ def dcnv4_backward(
         offset_scale, remove_center,
     )  # fmt: skip
     normalised = raw_mask.softmax(-1) if softmax else raw_mask
-    inside, x, y, mask = _keep_inside(x, y, normalised, height, width)
-    maps = _split_groups(value.to(dtype), groups)
-    grad = _split_channels(grad_output.to(dtype), groups).unsqueeze(-2)
-
-    grad_maps = torch.zeros_like(maps)
-    grad_x, grad_y, grad_mask = torch.zeros_like(x), torch.zeros_like(y), torch.zeros_like(mask)
-    for index, seen, weight_x, weight_y, slope_x, slope_y in _corners(inside, x, y, height, width):
-        dot = (grad * _gather(maps, index, seen, offset_mask.shape[:3])).sum(-1)
-        grad_x = grad_x + dot * slope_x * weight_y * mask
-        grad_y = grad_y + dot * weight_x * slope_y * mask
-        grad_mask = grad_mask + dot * weight_x * weight_y
-        share = torch.where(seen.unsqueeze(-1), grad * (weight_x * weight_y * mask).unsqueeze(-1), 0)
-        grad_maps = grad_maps.scatter_add(2, *_flatten_points(index, share))
-
+    grad = _split_channels(grad_output.to(dtype), groups)
+    grad_maps, grad_x, grad_y, grad_mask = _sample_backward(
+        grad, _split_groups(value.to(dtype), groups), x, y, normalised, height, width
+    )
     if softmax:
         grad_mask = normalised * (grad_mask - (normalised * grad_mask).sum(-1, keepdim=True))
     grad_offset = torch.stack((grad_x, grad_y), -1) * offset_scale
@@ -95,6 +79,49 @@ def dcnv4_backward(
     grad_offset_mask = torch.nn.functional.pad(packed, (0, offset_mask.shape[3] - packed.shape[3]))
     grad_value = grad_maps.transpose(1, 2).reshape(n, height, width, channels)
     return grad_value.to(value.dtype), grad_offset_mask.to(offset_mask.dtype).contiguous()
+
+
+def deform_attn(
+    value: Tensor, sampling_locations: Tensor, attention_weights: Tensor, spatial_shapes: Sequence[int]
+) -> Tensor:
+    """Multi-scale deformable attention (arXiv 2010.04159), level by level, each like `dcnv4`.
+
+    See `dcnzoo.ops.deform_attn` for the meaning of the arguments; here they are taken as checked, and spatial_shapes is
+    flat: height and width of the first level, of the second, and so on. Half types are computed in float32.
+    """
+    dtype = _arithmetic(value.dtype)
+    shape = (*sampling_locations.shape[:2], 1)
+    out = torch.zeros((), dtype=dtype, device=value.device)
+    for level, height, width, pixels in _levels(spatial_shapes):
+        maps = value[:, pixels].to(dtype).transpose(1, 2)
+        x, y = _level_points(sampling_locations[:, :, :, level].to(dtype), height, width)
+        weights = attention_weights[:, :, None, :, level].to(dtype)
+        out = out + _sample(maps, x, y, weights, height, width, shape)
+    return out.flatten(2).to(value.dtype)
+
+
+def deform_attn_backward(
+    grad_output: Tensor,
+    value: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    spatial_shapes: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `deform_attn`, written out because a kernel below autograd cannot call autograd."""
+    dtype = _arithmetic(value.dtype)
+    grad = grad_output.to(dtype).unflatten(2, value.shape[2:]).unsqueeze(2)
+    grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
+    grad_locations = torch.empty_like(sampling_locations, memory_format=torch.contiguous_format)
+    grad_weights = torch.empty_like(attention_weights, memory_format=torch.contiguous_format)
+    for level, height, width, pixels in _levels(spatial_shapes):
+        maps = value[:, pixels].to(dtype).transpose(1, 2)
+        x, y = _level_points(sampling_locations[:, :, :, level].to(dtype), height, width)
+        weights = attention_weights[:, :, None, :, level].to(dtype)
+        grad_maps, grad_x, grad_y, grad_mask = _sample_backward(grad, maps, x, y, weights, height, width)
+        grad_value[:, pixels] = grad_maps.transpose(1, 2).to(value.dtype)
+        grad_locations[:, :, :, level] = torch.stack((grad_x * width, grad_y * height), -1).squeeze(2)
+        grad_weights[:, :, :, level] = grad_mask.squeeze(2)
+    return grad_value, grad_locations, grad_weights
 
 
 def dynamic_conv2d(
@@ -162,6 +189,57 @@ def _points(
     return x, y, packed[..., 2 * len(taps) :]
 
 
+def _levels(spatial_shapes: Sequence[int]) -> Iterator[tuple[int, int, int, slice]]:
+    """Number, height, width and pixels of each level, which lie one behind the other."""
+    start = 0
+    for level, (height, width) in enumerate(zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True)):
+        yield level, height, width, slice(start, start + height * width)
+        start = start + height * width
+
+
+def _level_points(locations: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Coordinates in pixels, (N, queries, 1, heads, points), of locations (N, queries, heads, points, 2) in [0, 1]."""
+    x, y = locations.unsqueeze(2).unbind(-1)
+    return x * width - 0.5, y * height - 0.5
+
+
+def _sample(maps, x, y, mask, height, width, shape) -> Tensor:
+    """Sums of bilinear samples of maps (N, groups, height * width, D) at points (N, Ho, Wo, groups, K), times mask.
+
+    The shape (N, Ho, Wo) is an input's own: ONNX's tracing exporter mistakes that of a computed tensor for a constant.
+
+    Returns:
+        (N, Ho, Wo, groups, D).
+    """
+    inside, x, y, mask = _keep_inside(x, y, mask, height, width)
+    out = torch.zeros((), dtype=maps.dtype, device=maps.device)
+    for index, seen, weight_x, weight_y, _, _ in _corners(inside, x, y, height, width):
+        corner = _gather(maps, index, seen, shape)
+        out = out + (corner * (weight_x * weight_y * mask).unsqueeze(-1)).sum(-2)
+    return out
+
+
+def _sample_backward(grad, maps, x, y, mask, height, width) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `_sample` with respect to maps, x, y and mask, from that of its output.
+
+    The dot product of the output's gradient with each corner gives the gradients of mask and coordinates as scalar
+    combinations; the map's gradient is scattered back through the same corners.
+    """
+    inside, x, y, mask = _keep_inside(x, y, mask, height, width)
+    grad = grad.unsqueeze(-2)
+    grad_maps = torch.zeros_like(maps)
+    grad_x, grad_y, grad_mask = torch.zeros_like(x), torch.zeros_like(y), torch.zeros_like(mask)
+    for index, seen, weight_x, weight_y, slope_x, slope_y in _corners(inside, x, y, height, width):
+        dot = (grad * _gather(maps, index, seen, x.shape[:3])).sum(-1)
+        grad_x = grad_x + dot * slope_x * weight_y * mask
+        grad_y = grad_y + dot * weight_x * slope_y * mask
+        grad_mask = grad_mask + dot * weight_x * weight_y
+        share = torch.where(seen.unsqueeze(-1), grad * (weight_x * weight_y * mask).unsqueeze(-1), 0)
+        grad_maps = grad_maps.scatter_add(2, *_flatten_points(index, share))
+    # A gradient that is not finite must not reach points that are nowhere.
+    return grad_maps, *(torch.where(inside, part, 0) for part in (grad_x, grad_y, grad_mask))
+
+
 def _keep_inside(x, y, mask, height, width):
     """Drops points outside (-1, width) x (-1, height) or not finite, before a NaN of theirs meets any arithmetic."""
     inside = (x > -1) & (x < width) & (y > -1) & (y < height)
@@ -203,10 +281,7 @@ def _flatten_points(index: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gather(maps: Tensor, index: Tensor, seen: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Channels of the pixels in index, (N, Ho, Wo, groups, K, D), zero where they are not seen.
-
-    The shape (N, Ho, Wo) is an input's own: ONNX's tracing exporter mistakes that of a computed tensor for a constant.
-    """
+    """Channels of the pixels in index, (N, Ho, Wo, groups, K, D), zero where they are not seen."""
     groups, points, width = index.shape[3], index.shape[4], maps.shape[-1]
     index = index.permute(0, 3, 1, 2, 4).flatten(2).unsqueeze(-1).expand(-1, -1, -1, width)
     n, out_h, out_w = shape

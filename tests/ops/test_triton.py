@@ -14,7 +14,7 @@ from dcnzoo.ops import available_backends, use_backend
 from tests.ops.cases import CASES, Case, answer, check, error, run
 
 triton = pytest.importorskip('triton')
-from dcnzoo.ops import _triton  # noqa: E402
+from dcnzoo.ops import _triton_dcnv4 as _triton  # noqa: E402
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'

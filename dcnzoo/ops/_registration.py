@@ -1,0 +1,105 @@
+"""What an operator with kernels needs beside them: backends, shapes of its outputs, autograd, vmap, autocast."""
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._library import library, missing, operator, warn_slow
+
+
+def register(name: str, tensors: int, fake: Callable[..., Tensor]) -> None:
+    """Registers `name` and `name_backward`, whose schemas are in `_library`, and their Triton twins.
+
+    The operator takes its differentiable tensors first, batched along their first dimension, then what is plain. Its
+    backward takes the output's gradient before and `deterministic` behind them, and returns a gradient for each tensor,
+    of its shape and dtype. Functions of both names are in `reference` and in `_triton_{name}`.
+
+    Args:
+        name: The operator.
+        tensors: How many tensors it takes.
+        fake: Makes an output from the arguments without computing it.
+    """
+    for backend in (None, 'triton'):
+        _register_one(name, backend, tensors, fake)
+
+    def serve_slowly(*arguments):
+        warn_slow(arguments[0].device.type)
+        return getattr(reference, name)(*arguments)
+
+    def serve_backward_slowly(*arguments):
+        return getattr(reference, f'{name}_backward')(*arguments[:-1])  # it is deterministic as it is
+
+    def triton(function: str):
+        # Importing the module imports the compiler, so only at first use.
+        return lambda *arguments: getattr(importlib.import_module(f'{__package__}._triton_{name}'), function)(
+            *arguments
+        )
+
+    library.impl(name, serve_slowly, 'CompositeExplicitAutograd')
+    library.impl(f'{name}_backward', serve_backward_slowly, 'CompositeExplicitAutograd')
+    for function in (name, f'{name}_backward'):
+        library.impl(f'{function}_triton', triton(function), 'CompositeExplicitAutograd')
+        for device in ('cuda', 'xpu'):
+            if missing('native', device) and not missing('triton', device):
+                library.impl(function, triton(function), device.upper())
+
+
+def _register_one(name: str, backend: str | None, tensors: int, fake: Callable[..., Tensor]) -> None:
+    forward_op, backward_op = operator(name, backend), operator(f'{name}_backward', backend)
+
+    def save(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.plain = inputs[tensors:]
+
+    def backward(ctx, grad_output):
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.plain, deterministic)
+        return *grads, *(None for _ in ctx.plain)
+
+    def fake_backward(grad_output, *arguments):
+        return tuple(tensor.new_empty(tensor.shape) for tensor in arguments[:tensors])
+
+    def save_backward(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[: tensors + 1])
+        ctx.plain = inputs[tensors + 1 : -1]
+
+    def double_backward(ctx, *grads):
+        """Second derivatives are rare enough to be left to the reference."""
+        with torch.enable_grad():
+            inputs = tuple(tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
+            grad_output, *operands = inputs
+            output = getattr(reference, name)(*operands, *ctx.plain)
+            first = torch.autograd.grad(output, operands, grad_output, create_graph=True)
+        second = torch.autograd.grad(first, inputs, grads, allow_unused=True)
+        return *second, *(None for _ in ctx.plain), None
+
+    torch.library.register_fake(forward_op, fake, lib=library)
+    torch.library.register_fake(backward_op, fake_backward, lib=library)
+    torch.library.register_autograd(forward_op, backward, setup_context=save, lib=library)
+    torch.library.register_autograd(backward_op, double_backward, setup_context=save_backward, lib=library)
+    torch.library.register_vmap(forward_op, _vmap_rule(forward_op, tensors), lib=library)
+    torch.library.register_vmap(backward_op, _vmap_rule(backward_op, tensors + 1), lib=library)
+    for key in ('AutocastCPU', 'AutocastCUDA', 'AutocastXPU', 'AutocastMPS'):
+        # Autocast leaves the operands as they come: the kernels compute in float32 for half types anyway.
+        for op in (forward_op, backward_op):
+            library.impl(op, torch.library.fallthrough_kernel, key)
+
+
+def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """Moves a vmapped dimension, or adds one for an operand that has none, and folds it into the batch."""
+    batched = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return batched.flatten(0, 1)
+
+
+def _vmap_rule(op: torch._ops.OpOverload, tensors: int):
+    def rule(info, in_dims, *arguments):
+        folded = [_fold(*pair, info.batch_size) for pair in zip(arguments[:tensors], in_dims[:tensors], strict=True)]
+        result = op(*folded, *arguments[tensors:])
+        if isinstance(result, Tensor):
+            return result.unflatten(0, (info.batch_size, -1)), 0
+        return tuple(part.unflatten(0, (info.batch_size, -1)) for part in result), (0,) * len(result)
+
+    return rule
