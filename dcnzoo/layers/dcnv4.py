@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import dcnv4
+from .linear import Linear
 
 
 class DCNv4(nn.Module):
@@ -99,9 +100,9 @@ class DCNv4(nn.Module):
                 groups=channels,
                 **dd,
             )
-        self.offset_mask = nn.Linear(channels, -(-3 * group * points // 8) * 8, **dd)
-        self.value_proj = nn.Identity() if without_pointwise else nn.Linear(channels, channels, **dd)
-        self.output_proj = nn.Identity() if without_pointwise else nn.Linear(channels, channels, bias=output_bias, **dd)
+        self.offset_mask = Linear(channels, -(-3 * group * points // 8) * 8, **dd)
+        self.value_proj = nn.Identity() if without_pointwise else Linear(channels, channels, **dd)
+        self.output_proj = nn.Identity() if without_pointwise else Linear(channels, channels, bias=output_bias, **dd)
         if center_feature_scale:
             self.center_feature_scale_proj_weight = nn.Parameter(torch.empty(group, channels, **dd))
             self.center_feature_scale_proj_bias = nn.Parameter(torch.empty(group, **dd))

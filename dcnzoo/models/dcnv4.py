@@ -26,7 +26,6 @@ from timm.layers import (
     LayerNorm,
     LayerNorm2d,
     LayerScale,
-    Mlp,
     calculate_drop_path_rates,
     get_act_layer,
     trunc_normal_,
@@ -35,7 +34,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..layers import DCNv4
+from ..layers import DCNv4, Mlp
 from ._clip_projector import ClipFusion, ClipHead
 
 __all__ = ['FlashInternImage']
@@ -154,7 +153,7 @@ class InternImageBlock(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
         self.norm2 = LayerNorm(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, bias=(True, mlp_fc2_bias), **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer, mlp_fc2_bias, **dd)
         self.res_post_norm2 = LayerNorm(dim, **dd) if res_post_norm else nn.Identity()
         self.ls2 = LayerScale(dim, layer_scale, **dd) if layer_scale is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()

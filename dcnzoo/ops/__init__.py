@@ -5,5 +5,15 @@ from ._dcnv4 import dcnv4
 from ._deform_attn import deform_attn
 from ._dynamic_conv import dynamic_conv2d
 from ._library import available_backends, missing, use_backend
+from ._linear import linear
 
-__all__ = ['available_backends', 'dcnv4', 'deform_attn', 'dynamic_conv2d', 'missing', 'reference', 'use_backend']
+__all__ = [
+    'available_backends',
+    'dcnv4',
+    'deform_attn',
+    'dynamic_conv2d',
+    'linear',
+    'missing',
+    'reference',
+    'use_backend',
+]

@@ -114,14 +114,14 @@ def output_size(size: int, kernel: int, stride: int, pad: int, dilation: int) ->
 
 
 def _is_int(number: object) -> bool:
-    return isinstance(number, (int, torch.SymInt)) and not isinstance(number, bool)
+    return type(number) is int or (isinstance(number, (int, torch.SymInt)) and not isinstance(number, bool))
 
 
 def _pair(name: str, size: object, least: int) -> tuple[int, int]:
     pair = (size, size) if _is_int(size) else size
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(_is_int, pair)):
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not (_is_int(pair[0]) and _is_int(pair[1])):
         raise TypeError(f'{name} must be an int or a (height, width) pair of ints, got {size!r}')
-    if min(pair) < least:
+    if pair[0] < least or pair[1] < least:
         raise ValueError(f'{name} must be at least {least}, got {size!r}')
     return pair[0], pair[1]
 

@@ -11,6 +11,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ._dcnv4 import _is_int, _pair, output_size
 from ._library import exporting
 
+_AXES = {'x': '(N, C, H, W)', 'weight': '(E, Cout * C / groups * kh * kw)', 'routing': '(N, E)', 'bias': '(E, Cout)'}
+
 
 def dynamic_conv2d(
     x: Tensor,
@@ -71,19 +73,20 @@ def _dynamic_conv2d(x, weight, routing, bias, kernel_size, stride, padding, dila
         )
     kernel_size, stride = _pair('kernel_size', kernel_size, 1), _pair('stride', stride, 1)
     dilation = _pair('dilation', dilation, 1)
-    if not torch.jit.is_tracing():  # a trace knows no sizes to check
+    tracing = torch.jit.is_tracing()
+    if not tracing:  # a trace knows no sizes to check
         _check(x, weight, routing, bias, kernel_size, groups)
     if padding == 'same':
         x, padding = pad_same(x, kernel_size, stride, dilation), (0, 0)
     else:
         padding = symmetric_padding(kernel_size, stride, dilation) if padding == '' else _pair('padding', padding, 0)
-    if not torch.jit.is_tracing():
+    if not tracing:
         _check_fit(x, kernel_size, stride, padding, dilation)
 
     arguments = (x, weight, routing, bias, kernel_size, stride, padding, dilation, groups)
     if exporting() and not _is_fixed(x.shape[0]):
         return _sum_over_taps(*arguments)
-    if torch.jit.is_tracing():
+    if tracing:
         return _scripted()(*arguments)
     return _convolve(*arguments)
 
@@ -269,9 +272,8 @@ def _sum_over_taps(x, weight, routing, bias, kernel_size, stride, padding, dilat
 
 def _check(x, weight, routing, bias, kernel_size, groups):
     """Raises ValueError or TypeError for tensors that do not fit together."""
-    tensors = {'x': x, 'weight': weight, 'routing': routing} | ({} if bias is None else {'bias': bias})
-    axes = {'x': '(N, C, H, W)', 'weight': '(E, Cout * C / groups * kh * kw)', 'routing': '(N, E)', 'bias': '(E, Cout)'}
-    for name, tensor in tensors.items():
+    operands = (('x', x), ('weight', weight), ('routing', routing), ('bias', bias))
+    for name, tensor in operands if bias is not None else operands[:3]:
         if not isinstance(tensor, Tensor):
             raise TypeError(f'{name} must be a tensor, got {type(tensor).__name__}')
         if not tensor.is_floating_point():
@@ -281,7 +283,7 @@ def _check(x, weight, routing, bias, kernel_size, groups):
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
         if tensor.ndim != (4 if name == 'x' else 2):
-            raise ValueError(f'{name} must have shape {axes[name]}, got {tuple(tensor.shape)}')
+            raise ValueError(f'{name} must have shape {_AXES[name]}, got {tuple(tensor.shape)}')
 
     n, channels, height, width = x.shape
     experts, count = weight.shape
@@ -291,7 +293,7 @@ def _check(x, weight, routing, bias, kernel_size, groups):
         raise ValueError(f'x must have at least one row, column and channel, got shape {tuple(x.shape)}')
     if groups < 1 or channels % groups != 0:
         raise ValueError(f"groups must be positive and divide x's {channels} channels, got {groups}")
-    if tuple(routing.shape) != (n, experts) or experts < 1:
+    if routing.shape != (n, experts) or experts < 1:
         raise ValueError(
             f'routing must have shape (N, E) = ({n}, {experts}) for {n} samples and {experts} experts, '
             f'got {tuple(routing.shape)}'
@@ -302,15 +304,16 @@ def _check(x, weight, routing, bias, kernel_size, groups):
             f'weight must have a multiple of C * kh * kw = {channels} * {kernel_size[0]} * {kernel_size[1]} columns '
             f'for x of shape {tuple(x.shape)} and {groups} groups, got shape {tuple(weight.shape)}'
         )
-    if bias is not None and tuple(bias.shape) != (experts, count // per_channel):
+    if bias is not None and bias.shape != (experts, count // per_channel):
         raise ValueError(
             f'bias must have shape (E, Cout) = ({experts}, {count // per_channel}), got {tuple(bias.shape)}'
         )
 
 
 def _check_fit(x, kernel_size, stride, padding, dilation):
-    sizes = (output_size(*size) for size in zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True))
-    if not all(size >= 1 for size in sizes):
+    out_h = output_size(x.shape[2], kernel_size[0], stride[0], padding[0], dilation[0])
+    out_w = output_size(x.shape[3], kernel_size[1], stride[1], padding[1], dilation[1])
+    if out_h < 1 or out_w < 1:
         raise ValueError(
             f'kernel_size {tuple(kernel_size)} with dilation {tuple(dilation)} and padding {tuple(padding)} does not '
             f'fit into an input of {x.shape[2]} x {x.shape[3]} pixels'

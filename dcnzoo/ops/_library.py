@@ -146,7 +146,7 @@ def operator(name: str, backend: str | None) -> torch._ops.OpOverload:
 
 def exporting() -> bool:
     """Whether a graph is recorded for another runtime, which knows standard operators only."""
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    return torch.compiler.is_exporting() or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export())
 
 
 @functools.cache
