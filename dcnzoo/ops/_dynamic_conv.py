@@ -10,6 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ._dcnv4 import _is_int, _pair, output_size
 from ._library import exporting
+from ._linear import gains, linear
 
 _AXES = {'x': '(N, C, H, W)', 'weight': '(E, Cout * C / groups * kh * kw)', 'routing': '(N, E)', 'bias': '(E, Cout)'}
 
@@ -135,6 +136,8 @@ def _convolve(
 ) -> Tensor:
     """Convolves a few samples after another where that keeps what it works on in the caches, otherwise all at once."""
     n = x.shape[0]
+    if _multiplies_singly(x, weight, kernel_size, stride, padding, groups):
+        return _multiply_singly(x, weight, routing, bias, stride)
     if n <= 1 or x.device.type != 'cpu' or _is_recorded():
         return _convolve_together(x, weight, routing, bias, kernel_size, stride, padding, dilation, groups)
     few = _samples_at_once(x, weight, kernel_size, stride, padding, groups)
@@ -145,6 +148,41 @@ def _convolve(
         part, shares = x[i : i + few], routing[i : i + few]
         outs.append(_convolve_together(part, weight, shares, bias, kernel_size, stride, padding, dilation, groups))
     return torch.cat(outs)
+
+
+def _multiplies_singly(
+    x: Tensor, weight: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], groups: int
+) -> bool:
+    """Whether these are products of matrices that `linear` computes faster than PyTorch, which batches all of them."""
+    if torch.jit.is_scripting():
+        return False
+    else:
+        if x.shape[0] < 1 or torch.jit.is_tracing() or not _is_matrix_product(kernel_size, padding, groups):
+            return False
+        pixels = (x.shape[2] // stride[0]) * (x.shape[3] // stride[1])
+        return gains(x, weight, pixels * weight.shape[1])
+
+
+def _multiply_singly(x: Tensor, weight: Tensor, routing: Tensor, bias: Tensor | None, stride: list[int]) -> Tensor:
+    """One product per sample of its kernel and its pixels."""
+    n, channels = x.shape[0], x.shape[1]
+    channels_last = _is_channels_last(x)
+    if stride[0] > 1 or stride[1] > 1:
+        x = x[:, :, :: stride[0], :: stride[1]]
+    height, width = x.shape[2], x.shape[3]
+    kernels = torch.matmul(routing, weight).view(n, -1, channels)
+    pixels = x.permute(0, 2, 3, 1).flatten(1, 2) if channels_last else x.flatten(2).transpose(1, 2)
+    pairs = zip(pixels.unbind(), kernels.unbind(), strict=True)
+    out = _stack([linear(rows, kernel) if channels_last else linear(kernel, rows) for rows, kernel in pairs])
+    if bias is not None:
+        out = out + torch.matmul(routing, bias).unsqueeze(1 if channels_last else 2)
+    if channels_last:
+        return out.view(n, height, width, -1).permute(0, 3, 1, 2)
+    return out.view(n, -1, height, width)
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0)
 
 
 def _samples_at_once(

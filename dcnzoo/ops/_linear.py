@@ -32,17 +32,38 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _linear(x, weight, bias):
-    if has_torch_function((x, weight)) or not _serves(x, weight, bias):
+    if has_torch_function((x, weight)) or torch.jit.is_tracing() or not _fits(x, weight, bias):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+    if not gains(x, weight, x.numel() * weight.shape[0]):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
         return _Linear.apply(x, weight, bias)
     return _product(x, weight, bias)
 
 
-def _serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether this is a plain eager call of ordinary float32 tensors, large enough, on a processor that gains."""
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the shapes are what the layers of a network have; PyTorch knows the rest, and the errors."""
+    return (
+        x.ndim > 1
+        and weight.ndim == 2
+        and x.shape[-1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
+    )
+
+
+def gains(x: Tensor, weight: Tensor, products: int) -> bool:
+    """Whether oneDNN would multiply faster: an eager call of plain float32 tensors, large enough, on such a processor.
+
+    Args:
+        x: One operand.
+        weight: The other.
+        products: Multiplications of numbers in one product of matrices.
+    """
     return (
         _GAINS
+        and products >= _WORTH_IT
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
         and x.is_cpu
@@ -50,15 +71,9 @@ def _serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled('cpu')
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and forward_ad._current_level < 0
-        and x.ndim > 1
-        and weight.ndim == 2
-        and x.shape[-1] == weight.shape[1]
-        and (bias is None or bias.shape == weight.shape[:1])
-        and x.numel() * weight.shape[0] >= _WORTH_IT
     )
 
 
