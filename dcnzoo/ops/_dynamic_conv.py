@@ -136,8 +136,9 @@ def _convolve(
 ) -> Tensor:
     """Convolves a few samples after another where that keeps what it works on in the caches, otherwise all at once."""
     n = x.shape[0]
-    if _multiplies_singly(x, weight, kernel_size, stride, padding, groups):
-        return _multiply_singly(x, weight, routing, bias, stride)
+    if not torch.jit.is_scripting():
+        if _multiplies_singly(x, weight, kernel_size, stride, padding, groups):
+            return _multiply_singly(x, weight, routing, bias, stride)
     if n <= 1 or x.device.type != 'cpu' or _is_recorded():
         return _convolve_together(x, weight, routing, bias, kernel_size, stride, padding, dilation, groups)
     few = _samples_at_once(x, weight, kernel_size, stride, padding, groups)
@@ -150,20 +151,15 @@ def _convolve(
     return torch.cat(outs)
 
 
-def _multiplies_singly(
-    x: Tensor, weight: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], groups: int
-) -> bool:
+def _multiplies_singly(x, weight, kernel_size, stride, padding, groups) -> bool:
     """Whether these are products of matrices that `linear` computes faster than PyTorch, which batches all of them."""
-    if torch.jit.is_scripting():
+    if x.shape[0] < 1 or torch.jit.is_tracing() or not _is_matrix_product(kernel_size, padding, groups):
         return False
-    else:
-        if x.shape[0] < 1 or torch.jit.is_tracing() or not _is_matrix_product(kernel_size, padding, groups):
-            return False
-        pixels = (x.shape[2] // stride[0]) * (x.shape[3] // stride[1])
-        return gains(x, weight, pixels * weight.shape[1])
+    pixels = (x.shape[2] // stride[0]) * (x.shape[3] // stride[1])
+    return gains(x, weight, pixels * weight.shape[1])
 
 
-def _multiply_singly(x: Tensor, weight: Tensor, routing: Tensor, bias: Tensor | None, stride: list[int]) -> Tensor:
+def _multiply_singly(x, weight, routing, bias, stride) -> Tensor:
     """One product per sample of its kernel and its pixels."""
     n, channels = x.shape[0], x.shape[1]
     channels_last = _is_channels_last(x)

@@ -1,7 +1,8 @@
 """The linear map of a layer, on a CPU by oneDNN where PyTorch would ask MKL for it.
 
-MKL takes its AVX2 kernels on processors that are not Intel's. oneDNN, which PyTorch has as well, looks at the instruction
-set alone: twice as fast with AVX-512. PyTorch offers it for float32 to its compiler only, as `mkldnn::_linear_pointwise`.
+MKL takes its AVX2 kernels on processors that are not Intel's. oneDNN, which is in PyTorch as well, looks at the
+instruction set alone: with AVX-512 it is twice as fast there. PyTorch offers that for float32 to its compiler only, as
+`mkldnn::_linear_pointwise`.
 """
 
 import torch
