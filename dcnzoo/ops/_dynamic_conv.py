@@ -136,7 +136,7 @@ def _convolve(
 ) -> Tensor:
     """Convolves a few samples after another where that keeps what it works on in the caches, otherwise all at once."""
     n = x.shape[0]
-    if not torch.jit.is_scripting():
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles whatever stands behind an `and`
         if _multiplies_singly(x, weight, kernel_size, stride, padding, groups):
             return _multiply_singly(x, weight, routing, bias, stride)
     if n <= 1 or x.device.type != 'cpu' or _is_recorded():

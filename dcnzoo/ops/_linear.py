@@ -7,12 +7,13 @@ instruction set alone: with AVX-512 it is twice as fast there. PyTorch offers th
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.overrides import has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function
 
 # Below this many multiplications what oneDNN needs to prepare outweighs what it gains.
 _WORTH_IT = 1 << 20
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -33,7 +34,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _linear(x, weight, bias):
-    if has_torch_function((x, weight)) or torch.jit.is_tracing() or not _fits(x, weight, bias):
+    if has_torch_function((x, weight)):  # an fx graph keeps the call, and with it the choice
+        return handle_torch_function(linear, (x, weight), x, weight, bias)
+    if torch.jit.is_tracing() or not _fits(x, weight, bias):
         return F.linear(x, weight, bias)
     if not gains(x, weight, x.numel() * weight.shape[0]):
         return F.linear(x, weight, bias)
@@ -64,14 +67,16 @@ def gains(x: Tensor, weight: Tensor, products: int) -> bool:
     """
     return (
         _GAINS
+        and not torch.compiler.is_compiling()
         and products >= _WORTH_IT
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
         and x.is_cpu
         and weight.is_cpu
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled('cpu')
-        and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and forward_ad._current_level < 0

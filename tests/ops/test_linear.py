@@ -136,4 +136,4 @@ def test_the_layers():
     torch.testing.assert_close(mlp(layer(x)), expected, rtol=1e-4, atol=1e-4)
     graph = torch.fx.symbolic_trace(mlp)
     torch.testing.assert_close(graph(layer(x)), expected, rtol=1e-4, atol=1e-4)
-    assert [node.target for node in graph.graph.nodes if node.op == 'call_function'] == [F.linear, F.linear]
+    assert [node.target for node in graph.graph.nodes if node.op == 'call_function'] == [linear, linear]
