@@ -2,6 +2,7 @@
 
 from . import reference
 from ._dcnv4 import dcnv4
+from ._dcnv4_nd import dcnv4_1d, dcnv4_3d
 from ._deform_attn import deform_attn
 from ._dynamic_conv import dynamic_conv2d
 from ._library import available_backends, missing, use_backend
@@ -10,6 +11,8 @@ from ._linear import linear
 __all__ = [
     'available_backends',
     'dcnv4',
+    'dcnv4_1d',
+    'dcnv4_3d',
     'deform_attn',
     'dynamic_conv2d',
     'linear',

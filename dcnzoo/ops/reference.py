@@ -4,6 +4,7 @@ The fast paths are tested against these functions, exporters see them instead of
 where no fast path was built. They favour being read over being fast.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -79,6 +80,65 @@ def dcnv4_backward(
     grad_offset_mask = torch.nn.functional.pad(packed, (0, offset_mask.shape[3] - packed.shape[3]))
     grad_value = grad_maps.transpose(1, 2).reshape(n, height, width, channels)
     return grad_value.to(value.dtype), grad_offset_mask.to(offset_mask.dtype).contiguous()
+
+
+def dcnv4_nd(
+    value: Tensor,
+    offset_mask: Tensor,
+    groups: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    offset_scale: float,
+    remove_center: bool,
+    softmax: bool,
+) -> Tensor:
+    """`dcnv4` over maps (N, *size, C) of any number of dimensions d, by 2^d gathers.
+
+    Per group offset_mask has K d-tuples (dx, dy, ...), points in x-outermost order, then K scalars. Sizes are given as
+    shapes are, x last; the arguments are taken as checked. Half types are computed in float32.
+    """
+    dtype = _arithmetic(value.dtype)
+    sizes, out_sizes = value.shape[1:-1], offset_mask.shape[1:-1]
+    taps = list(itertools.product(*map(range, reversed(kernel_size))))
+    if remove_center:
+        taps.remove(tuple(kernel // 2 for kernel in reversed(kernel_size)))
+    points, dims = len(taps), len(sizes)
+    packed = offset_mask[..., : (dims + 1) * groups * points].to(dtype)
+    packed = packed.reshape(value.shape[0], -1, 1, groups, (dims + 1) * points)
+    offset, mask = packed[..., : dims * points].unflatten(-1, (points, dims)), packed[..., dims * points :]
+    if softmax:
+        mask = mask.softmax(-1)
+
+    coordinates = []
+    windows = torch.meshgrid(
+        *(torch.arange(size, dtype=dtype, device=value.device) for size in out_sizes), indexing='ij'
+    )
+    for axis in range(dims):
+        i = dims - 1 - axis  # offsets and taps begin with x
+        center = (dilation[axis] * (kernel_size[axis] - 1)) >> 1
+        window = windows[axis] * stride[axis] + (center - padding[axis] - center * offset_scale)
+        tap = torch.tensor([tap[i] * dilation[axis] for tap in taps], dtype=dtype, device=value.device)
+        coordinates.append(window.reshape(-1, 1, 1, 1) + (tap + offset[..., i]) * offset_scale)
+
+    inside = torch.ones((), dtype=torch.bool, device=value.device)
+    for coordinate, size in zip(coordinates, sizes, strict=True):
+        inside = inside & (coordinate > -1) & (coordinate < size)
+    coordinates = [torch.where(inside, coordinate, 0) for coordinate in coordinates]
+    lows = [coordinate.detach().floor() for coordinate in coordinates]
+    mask = torch.where(inside, mask, 0)
+    maps = value.to(dtype).reshape(value.shape[0], -1, groups, value.shape[-1] // groups).transpose(1, 2)
+    out = torch.zeros((), dtype=dtype, device=value.device)
+    for corner in itertools.product((0, 1), repeat=dims):
+        index, seen, weight = 0, inside, mask
+        for high, coordinate, low, size in zip(corner, coordinates, lows, sizes, strict=True):
+            pixel, fraction = low.long() + high, coordinate - low
+            index, seen = index * size + pixel, seen & (pixel >= 0) & (pixel < size)
+            weight = weight * (fraction if high else 1 - fraction)
+        samples = _gather(maps, torch.where(seen, index, 0), seen, packed.shape[:3])
+        out = out + (samples * weight.unsqueeze(-1)).sum(-2)
+    return out.reshape(value.shape[0], *out_sizes, value.shape[-1]).to(value.dtype)
 
 
 def deform_attn(
