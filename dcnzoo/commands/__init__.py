@@ -9,7 +9,11 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
+from huggingface_hub.errors import HFValidationError
+
 from .._version import __version__
+from ..folder import WeightsError
+from ..hub import explain
 from ._errors import CommandError
 
 _SUBCOMMANDS = {
@@ -17,6 +21,9 @@ _SUBCOMMANDS = {
     'list': 'list the models with their sizes and weights',
     'predict': 'classify images',
     'features': 'show the feature maps that a model makes of an image',
+    'convert': 'make a folder of safetensors, configuration and model card from a checkpoint',
+    'push': 'push the folder of a model to the Hugging Face Hub',
+    'pull': 'fetch and verify a model from the Hugging Face Hub',
     'digits': "write scikit-learn's handwritten digits as an image folder, to try things on",
 }
 
@@ -61,9 +68,11 @@ def _run(args: argparse.Namespace) -> int:
     except Exception as error:
         if args.traceback:
             raise
-        known = isinstance(error, CommandError)
-        message = ' '.join(str(error).split())
-        print(f'dcnzoo {args.command}: {message if known else f"{type(error).__name__}: {message}"}', file=sys.stderr)
+        for line in getattr(error, 'details', ()):
+            print(line, file=sys.stderr)
+        known = isinstance(error, (CommandError, HFValidationError, OSError, WeightsError))
+        message = explain(error) if known else f'{type(error).__name__}: {explain(error)}'
+        print(f'dcnzoo {args.command}: {message}', file=sys.stderr)
         return 1
 
 

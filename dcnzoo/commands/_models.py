@@ -11,6 +11,8 @@ import torch
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 
+from ..folder import WeightsError
+from ..hub import explain
 from ._errors import CommandError
 
 _SCHEMES = ('hf-hub:', 'hf_hub:', 'local-dir:')
@@ -47,7 +49,7 @@ def load_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
     name = _with_scheme(name)
     scheme = name.startswith(_SCHEMES)
     if not scheme:
-        _check_registered(name)
+        check_registered(name)
         if pretrained and not has_weights(name):
             raise CommandError(
                 f'there are no pretrained weights for {name}; name a folder that training left, such as runs/X/best'
@@ -96,7 +98,7 @@ def _check_folder(folder: Path) -> None:
         raise CommandError(f'{folder} is not the folder of a trained model, it has no config.json{hint}')
 
 
-def _check_registered(name: str) -> None:
+def check_registered(name: str) -> None:
     architecture, _, tag = name.partition('.')
     if not timm.is_model(architecture):
         raise CommandError(f'there is no model {architecture!r}{nearest(architecture, timm.list_models())}')
@@ -113,7 +115,9 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text that says something, at most 300 characters of it."""
+    """The first line of an error's text that says something, at most 300 characters of it, and nothing secret."""
+    if isinstance(error, (OSError, WeightsError)):
+        return explain(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith(':'):
         lines[0] += f' {lines[1]}'

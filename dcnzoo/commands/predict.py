@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     files = find_images(args.images)
     model = load_model(args.model).to(device)
-    if not model.num_classes:
+    if not getattr(model, 'num_classes', 0):
         raise CommandError(f'{args.model} has no classifier')
 
     results = []

@@ -30,11 +30,12 @@ from timm.layers import (
     get_act_layer,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..layers import DCNv4, Mlp
+from ._builder import build_model_with_cfg
 from ._clip_projector import ClipFusion, ClipHead
 
 __all__ = ['FlashInternImage']

@@ -24,12 +24,13 @@ from timm.layers import (
     get_act_layer,
     make_divisible,
 )
-from timm.models import adapt_input_conv, build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import adapt_input_conv, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import SqueezeExcite
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..layers import DynamicConv2d
+from ._builder import build_model_with_cfg
 
 __all__ = ['ParameterNet']
 

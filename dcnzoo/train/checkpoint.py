@@ -21,6 +21,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from .config import Config
@@ -226,12 +227,29 @@ class Checkpoints:
             self.accelerator.load_state(str(folder))
             if self.ema is not None:
                 load_weights(folder / 'ema.safetensors', self.ema)
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError) as error:
+        except Exception as error:  # a damaged file, or one that would run code, is refused in any way
             raise TrainError(f'--resume: {folder} is damaged or of another model: {str(error)[:300]}') from error
         if self.accelerator.is_main_process and folder.parent == self.output / 'checkpoints':
             for later in (path for path in list_checkpoints(self.output) if path.name > folder.name):
                 shutil.rmtree(later)  # the run branches off here
         return state
+
+
+def keep_schedule(accelerator: Accelerator, scheduler: Scheduler) -> None:
+    """Saves and loads a schedule's memory with accelerate's checkpoints, as JSON.
+
+    accelerate's own way for such objects is a pickle, which could run any code when it is loaded.
+    """
+
+    def save(models: list, weights: list, folder: str) -> None:
+        if accelerator.is_main_process:
+            write_json(Path(folder) / 'schedule.json', scheduler.state_dict())
+
+    def load(models: list, folder: str) -> None:
+        scheduler.load_state_dict(json.loads((Path(folder) / 'schedule.json').read_text(encoding='utf-8')))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
 
 
 def timm_config(model: nn.Module, data_config: dict, classes: list[str] | None, kwargs: dict) -> dict:
@@ -259,6 +277,8 @@ def timm_config(model: nn.Module, data_config: dict, classes: list[str] | None, 
     model_args = inherited | kwargs
     for key in ('num_classes', 'in_chans'):  # both follow from pretrained_cfg
         model_args.pop(key, None)
+    if model.in_chans != 3:
+        model_args['in_chans'] = model.in_chans  # transformers learns it from here alone
     if model_args:
         content['model_args'] = json.loads(json.dumps(model_args))
     return content

@@ -31,7 +31,15 @@ from torch.utils.data import IterableDataset
 
 import dcnzoo
 
-from .checkpoint import Checkpoints, begin_output, check_output, find_checkpoint, timm_config, write_json
+from .checkpoint import (
+    Checkpoints,
+    begin_output,
+    check_output,
+    find_checkpoint,
+    keep_schedule,
+    timm_config,
+    write_json,
+)
 from .config import Config, parse
 from .data import BatchTransform, Splits, build_loaders, open_splits, seed_all, unreadable_limit
 from .errors import Interrupted, TrainError
@@ -101,7 +109,7 @@ def train(config: Config) -> dict:
     check_batches(config, splits, len(train_loader), accelerator.num_processes)
     scheduler = build_scheduler(config, optimizer, len(train_loader), accelerator.num_processes)
     if scheduler is not None and scheduler.t_in_epochs:
-        accelerator.register_for_checkpointing(scheduler)  # plateau remembers
+        keep_schedule(accelerator, scheduler)  # plateau remembers
 
     destination = {
         'num_classes': model_config['num_classes'],
