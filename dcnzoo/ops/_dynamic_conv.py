@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ._dcnv4 import _is_int, _pair, output_size
 from ._library import exporting
-from ._linear import gains, linear
+from ._linear import batched_linear, gains
 
 _AXES = {'x': '(N, C, H, W)', 'weight': '(E, Cout * C / groups * kh * kw)', 'routing': '(N, E)', 'bias': '(E, Cout)'}
 
@@ -145,8 +145,7 @@ def _convolve(
     if n <= few:
         return _convolve_together(x, weight, routing, bias, kernel_size, stride, padding, dilation, groups)
     outs: list[Tensor] = []
-    for i in range(0, n, few):
-        part, shares = x[i : i + few], routing[i : i + few]
+    for part, shares in zip(x.split(few), routing.split(few)):  # noqa: B905 - TorchScript's zip is never strict
         outs.append(_convolve_together(part, weight, shares, bias, kernel_size, stride, padding, dilation, groups))
     return torch.cat(outs)
 
@@ -168,17 +167,12 @@ def _multiply_singly(x, weight, routing, bias, stride) -> Tensor:
     height, width = x.shape[2], x.shape[3]
     kernels = torch.matmul(routing, weight).view(n, -1, channels)
     pixels = x.permute(0, 2, 3, 1).flatten(1, 2) if channels_last else x.flatten(2).transpose(1, 2)
-    pairs = zip(pixels.unbind(), kernels.unbind(), strict=True)
-    out = _stack([linear(rows, kernel) if channels_last else linear(kernel, rows) for rows, kernel in pairs])
+    out = batched_linear(pixels, kernels) if channels_last else batched_linear(kernels, pixels)
     if bias is not None:
         out = out + torch.matmul(routing, bias).unsqueeze(1 if channels_last else 2)
     if channels_last:
         return out.view(n, height, width, -1).permute(0, 3, 1, 2)
     return out.view(n, -1, height, width)
-
-
-def _stack(parts: list[Tensor]) -> Tensor:
-    return torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0)
 
 
 def _samples_at_once(
@@ -197,9 +191,10 @@ def _samples_at_once(
     pixels = x.shape[2] * x.shape[3]
     out_channels = kernel * groups // (channels * taps)
     values = kernel + channels * pixels + out_channels * (pixels // (stride[0] * stride[1]))
+    least = 4 if _is_trained(x) and groups == channels else 1
     if not _is_channels_last(x):
-        return max(2, (1 << 21) // values)
-    return max(1, (1 << 19) // values) if groups == channels else 1
+        return max(2, least, (1 << 21) // values)
+    return max(least, (1 << 19) // values) if groups == channels else 1
 
 
 def _is_matrix_product(kernel_size: list[int], padding: list[int], groups: int) -> bool:
@@ -208,6 +203,10 @@ def _is_matrix_product(kernel_size: list[int], padding: list[int], groups: int) 
 
 def _is_channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and not x.is_contiguous()  # vmap cannot ask for a memory format
+
+
+def _is_trained(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 def _is_recorded() -> bool:
@@ -269,8 +268,9 @@ def _convolve_together(
     kernels = kernels.view(n * out_channels, channels // groups, kernel_size[0], kernel_size[1])
     if biases is not None:
         biases = biases.view(n * out_channels)
-    if channels_last and groups == channels:
-        # Rows of n * channels values keep a depthwise convolution's fast layout: only whole pixels are moved.
+    if channels_last and groups == channels and not _is_trained(x):
+        # Rows of n * channels values keep a depthwise convolution's fast layout: only whole pixels are moved. Backwards
+        # oneDNN is slow in it.
         folded = x.permute(2, 3, 0, 1).reshape(1, x.shape[2], x.shape[3], n * channels).permute(0, 3, 1, 2)
     else:
         folded = x.reshape(1, n * channels, x.shape[2], x.shape[3])

@@ -5,6 +5,8 @@ instruction set alone: with AVX-512 it is twice as fast there. PyTorch offers th
 `mkldnn::_linear_pointwise`.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,11 +42,21 @@ def _linear(x, weight, bias):
         return F.linear(x, weight, bias)
     if not gains(x, weight, x.numel() * weight.shape[0]):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return _Linear.apply(x, weight, bias)
-    return _product(x, weight, bias)
+    recorded = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    return _Linear.apply(x, weight, bias) if recorded and torch.is_grad_enabled() else _product(x, weight, bias)
+
+
+def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Computes `x @ weight.transpose(1, 2)` by oneDNN, where `gains` says so.
+
+    Args:
+        x: Inputs, (N, rows, in_features).
+        weight: A weight for each, (N, out_features, in_features), contiguous or transposed.
+
+    Returns:
+        The outputs, (N, rows, out_features).
+    """
+    return _BatchedLinear.apply(x, weight)
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -114,12 +126,45 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight if again else _product(grad, weight.t())
         if ctx.needs_input_grad[1]:
-            if again:
-                grad_weight = grad_rows.t() @ rows
-            elif rows.shape[1] <= grad_rows.shape[1]:  # the first operand is copied
-                grad_weight = _product(rows.t(), grad_rows.t()).t()
-            else:
-                grad_weight = _product(grad_rows.t(), rows.t())
+            grad_weight = grad_rows.t() @ rows if again else _weight_gradient(rows, grad_rows, weight)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(0)
         return grad_x, grad_weight, grad_bias
+
+
+class _BatchedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return _stack(_product(*pair) for pair in zip(x.unbind(), weight.unbind(), strict=True))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if torch.is_grad_enabled():  # to be differentiated once more
+            return grad @ weight, grad.transpose(1, 2) @ x
+        if ctx.needs_input_grad[0]:
+            pairs = zip(grad.unbind(), weight.transpose(1, 2).unbind(), strict=True)
+            grad_x = _stack(_product(*pair) for pair in pairs)
+        if ctx.needs_input_grad[1]:
+            triples = zip(x.unbind(), grad.unbind(), weight.unbind(), strict=True)
+            grad_weight = _stack(_weight_gradient(*triple) for triple in triples)
+        return grad_x, grad_weight
+
+
+def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+    """`grad.T @ x`, in the weight's layout, else with the smaller one first, for oneDNN copies that."""
+    if weight.stride(0) == 1 or x.shape[1] <= grad.shape[1]:
+        return _product(x.t(), grad.t()).t()
+    return _product(grad.t(), x.t())
+
+
+def _stack(parts: Iterable[Tensor]) -> Tensor:
+    """Stacks matrices of one layout, and keeps it."""
+    parts = list(parts)
+    if len(parts) == 1:
+        return parts[0].unsqueeze(0)
+    if parts[0].stride(0) == 1:
+        return torch.stack([part.t() for part in parts]).transpose(1, 2)
+    return torch.stack(parts)
