@@ -21,6 +21,7 @@ _SUBCOMMANDS = {
     'list': 'list the models with their sizes and weights',
     'predict': 'classify images',
     'features': 'show the feature maps that a model makes of an image',
+    'offsets': 'draw where a model samples an image, and its effective receptive field',
     'convert': 'make a folder of safetensors, configuration and model card from a checkpoint',
     'push': 'push the folder of a model to the Hugging Face Hub',
     'pull': 'fetch and verify a model from the Hugging Face Hub',

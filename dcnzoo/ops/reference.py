@@ -33,7 +33,7 @@ def dcnv4(
     float32.
     """
     dtype = _arithmetic(value.dtype)
-    x, y, mask = _points(
+    x, y, mask = sampling_points(
         offset_mask.to(dtype), groups, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
         offset_scale, remove_center,
     )  # fmt: skip
@@ -64,7 +64,7 @@ def dcnv4_backward(
     """Gradients of `dcnv4`, written out because a kernel below autograd cannot call autograd."""
     dtype = _arithmetic(value.dtype)
     n, height, width, channels = value.shape
-    x, y, raw_mask = _points(
+    x, y, raw_mask = sampling_points(
         offset_mask.to(dtype), groups, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
         offset_scale, remove_center,
     )  # fmt: skip
@@ -221,7 +221,7 @@ def _arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _points(
+def sampling_points(
     offset_mask, groups, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, offset_scale,
     remove_center,
 ):  # fmt: skip
