@@ -19,7 +19,7 @@ MAY_IMPORT = {
     '__main__': ({'commands'}, set()),
     '_version': (set(), set()),
     'ops': (set(), {'torch', 'triton'}),
-    'layers': ({'ops'}, {'torch'}),
+    'layers': ({'ops'}, {'torch', 'torchvision'}),
     'models': ({'hub', 'layers', 'ops'}, {'timm', 'torch'}),
     'hub': ({'_version', 'folder'}, {'huggingface_hub', 'timm', 'torch'}),
     'folder': (set(), {'safetensors', 'timm', 'torch'}),

@@ -1,14 +1,16 @@
-"""The DCNv4 module: projections around the aggregation of `dcnzoo.ops.dcnv4`."""
+"""DCNv4: projections around the aggregation of `dcnzoo.ops.dcnv4`, as published and in place of a convolution."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import dcnv4
+from ._aggregation import DeformableAggregation
+from ._geometry import check_groups, check_positive, conv_padding, pair
 from .linear import Linear
 
 
-class DCNv4(nn.Module):
+class DCNv4(DeformableAggregation):
     """Deformable convolution v4, `Efficient Deformable ConvNets <https://arxiv.org/abs/2401.06197>`_.
 
     Values are a projection of the input; offsets and modulation scalars are predicted from it, per output pixel and
@@ -56,63 +58,31 @@ class DCNv4(nn.Module):
         dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        for name, number in (('channels', channels), ('group', group), ('dw_dilation', dw_dilation)):
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f'{name} must be a positive int, got {number!r}')
-        if channels % group != 0:
-            raise ValueError(f'group must divide the {channels} channels, got {group}')
-        if dw_kernel_size is not None and (not isinstance(dw_kernel_size, int) or dw_kernel_size % 2 != 1):
-            raise ValueError(f'dw_kernel_size must be a positive odd int or None, got {dw_kernel_size!r}')
-        self.channels = channels
-        self.kernel_size = _pair('kernel_size', kernel_size, 1)
-        self.stride = _pair('stride', stride, 1)
-        self.pad = _pair('pad', pad, 0)
-        self.dilation = _pair('dilation', dilation, 1)
-        self.group = group
-        self.offset_scale = float(offset_scale)
-        self.dw_kernel_size = dw_kernel_size
-        self.center_feature_scale = center_feature_scale
-        self.remove_center = bool(remove_center)
+        super().__init__(
+            channels,
+            kernel_size,
+            stride,
+            pad,
+            dilation,
+            group,
+            offset_scale,
+            center_feature_scale,
+            remove_center,
+            dw_kernel_size,
+            dw_dilation,
+            **dd,
+        )
         self.without_pointwise = without_pointwise
-        kernel_h, kernel_w = self.kernel_size
-        if self.remove_center and (kernel_h != kernel_w or kernel_h % 2 == 0 or kernel_h == 1):
-            raise ValueError(
-                f'remove_center needs an odd square kernel_size of at least 3, got kernel_size {kernel_size!r}'
-            )
-
-        # Where the windows' centres lie: rows and columns that the input lacks or has in excess at each border.
-        spans = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-        (top, bottom), (left, right) = ((p - s // 2, p - s + s // 2) for p, s in zip(self.pad, spans, strict=True))
-        self.centered = top == bottom == left == right == 0
-        self.center_pad = tuple(max(border, 0) for border in (left, right, top, bottom))
-        self.center_crop = tuple(max(-border, 0) for border in (left, right, top, bottom))
-
-        points = kernel_h * kernel_w - int(self.remove_center)
         if dw_kernel_size is not None:
-            self.offset_mask_dw = nn.Conv2d(
-                channels,
-                channels,
-                dw_kernel_size,
-                stride=self.stride if self.centered else 1,
-                padding=dw_dilation * (dw_kernel_size // 2),
-                dilation=dw_dilation,
-                groups=channels,
-                **dd,
-            )
-        self.offset_mask = Linear(channels, -(-3 * group * points // 8) * 8, **dd)
+            self.offset_mask_dw = self._make_depthwise(dw_kernel_size, **dd)
+        self.offset_mask = Linear(channels, -(-3 * group * self.points // 8) * 8, **dd)
         self.value_proj = nn.Identity() if without_pointwise else Linear(channels, channels, **dd)
         self.output_proj = nn.Identity() if without_pointwise else Linear(channels, channels, bias=output_bias, **dd)
-        if center_feature_scale:
-            self.center_feature_scale_proj_weight = nn.Parameter(torch.empty(group, channels, **dd))
-            self.center_feature_scale_proj_bias = nn.Parameter(torch.empty(group, **dd))
-        else:
-            self.register_parameter('center_feature_scale_proj_weight', None)
-            self.register_parameter('center_feature_scale_proj_bias', None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialises as published: offsets, modulation and gates' logits of zero, Xavier projections."""
+        super().reset_parameters()
         nn.init.zeros_(self.offset_mask.weight)
         nn.init.zeros_(self.offset_mask.bias)
         if not self.without_pointwise:
@@ -120,24 +90,6 @@ class DCNv4(nn.Module):
                 nn.init.xavier_uniform_(projection.weight)
                 if projection.bias is not None:
                     nn.init.zeros_(projection.bias)
-        if self.center_feature_scale:
-            nn.init.zeros_(self.center_feature_scale_proj_weight)
-            nn.init.zeros_(self.center_feature_scale_proj_bias)
-
-    def extra_repr(self) -> str:
-        return (
-            f'{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, pad={self.pad}, '
-            f'dilation={self.dilation}, group={self.group}, offset_scale={self.offset_scale}'
-        )
-
-    def _at_centers(self, x: Tensor) -> Tensor:
-        """The pixels at the windows' centres, zero outside the map: (N, H, W, C) -> (N, Ho, Wo, C)."""
-        if not self.centered:
-            left, right, top, bottom = self.center_crop
-            x = x[:, top : x.shape[1] - bottom, left : x.shape[2] - right]
-            left, right, top, bottom = self.center_pad
-            x = F.pad(x, [0, 0, left, right, top, bottom])
-        return x[:, :: self.stride[0], :: self.stride[1]]
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, H, W, C) to (N, Ho, Wo, C), Ho and Wo as for any convolution."""
@@ -165,19 +117,107 @@ class DCNv4(nn.Module):
             offset_scale=self.offset_scale,
             remove_center=self.remove_center,
         )
-
-        if self.center_feature_scale_proj_weight is not None:
-            gate = F.linear(out, self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias).sigmoid()
-            out = out.unflatten(-1, (self.group, -1))
-            center = self._at_centers(value).unflatten(-1, (self.group, -1))
-            out = (out + gate.unsqueeze(-1) * (center - out)).flatten(-2)
-        return self.output_proj(out)
+        return self.output_proj(self._blend_centers(out, value, out))
 
 
-def _pair(name: str, size: int | tuple[int, int], least: int) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else size
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(type(number) is int for number in pair):
-        raise TypeError(f'{name} must be an int or a (height, width) pair of ints, got {size!r}')
-    if min(pair) < least:
-        raise ValueError(f'{name} must be at least {least}, got {size!r}')
-    return pair[0], pair[1]
+class DCNv4Conv2d(nn.Module):
+    """DCNv4 with the interface of `torch.nn.Conv2d`, for a ResNet, a U-Net or a detector.
+
+    A projection to the channels of the output, `DCNv4` on them, and another projection. Unlike in the published module
+    the points of a window start with equal shares that sum to 1, so that the layer starts as a mean over its window:
+    layers in a row that all start at zero, with no shortcut around them, would never learn.
+
+    Faster where the memory of the model is channels_last, which that of the output always is.
+
+    Args:
+        in_chs: Channels of the input.
+        out_chs: Channels of the output.
+        kernel_size: Points of the sampling grid, an int or a (height, width) pair like stride, padding and dilation.
+        stride: Step of the output grid in pixels of the input.
+        padding: Rows and columns of zeros around the input, or 'same' or 'valid' as for `torch.nn.Conv2d`.
+        dilation: Distance of the grid's points in pixels.
+        groups: Number of groups of channels that the projections keep apart.
+        bias: Whether the output has a bias.
+        offset_groups: Number of groups of the output's channels that share offsets, of any width; by default as many as
+            make them about 16 channels wide.
+        offset_scale: Factor on offsets and grid around the window's centre.
+        dw_kernel_size: Odd size of a depthwise convolution before offsets and scalars are predicted; None for none.
+        center_feature_scale: Blend what was sampled with the window's centre by a predicted gate per offset group.
+        remove_center: Leave out the grid's central point (odd square kernels only).
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        TypeError: A size is neither an int nor a pair of ints.
+        ValueError: A number is out of range, or `groups` or `offset_groups` does not divide the channels.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        offset_groups: int | None = None,
+        offset_scale: float = 1.0,
+        dw_kernel_size: int | None = None,
+        center_feature_scale: bool = False,
+        remove_center: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        check_positive(in_chs=in_chs, out_chs=out_chs, groups=groups)
+        check_groups(in_chs, out_chs, groups)
+        if offset_groups is None:
+            divisors = [number for number in range(1, out_chs + 1) if out_chs % number == 0]
+            offset_groups = min(divisors, key=lambda number: abs(number - out_chs / 16))
+        check_positive(offset_groups=offset_groups)
+        if out_chs % offset_groups != 0:
+            raise ValueError(f'offset_groups must divide the {out_chs} channels out, got {offset_groups}')
+        kernel_size = pair('kernel_size', kernel_size, 1)
+        stride = pair('stride', stride, 1)
+        dilation = pair('dilation', dilation, 1)
+        pad, (self.pad_bottom, self.pad_right) = conv_padding(padding, kernel_size, stride, dilation)
+        self.value_proj = nn.Conv2d(in_chs, out_chs, 1, groups=groups, bias=False, **dd)
+        self.dcn = DCNv4(
+            out_chs,
+            kernel_size,
+            stride,
+            pad,
+            dilation,
+            offset_groups,
+            offset_scale,
+            dw_kernel_size,
+            center_feature_scale,
+            remove_center,
+            without_pointwise=True,
+            **dd,
+        )
+        self.output_proj = nn.Conv2d(out_chs, out_chs, 1, groups=groups, bias=bias, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises the projections with Xavier's rule, the offsets with zero, and the points with equal shares."""
+        self.dcn.reset_parameters()
+        group, points = self.dcn.group, self.dcn.points
+        with torch.no_grad():
+            packed = self.dcn.offset_mask.bias[: 3 * group * points].unflatten(0, (group, 3 * points))
+            packed[:, 2 * points :] = 1 / points
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, in_chs, H, W) to (N, out_chs, Ho, Wo), Ho and Wo as for any convolution."""
+        if self.pad_bottom + self.pad_right > 0:
+            x = F.pad(x, [0, self.pad_right, 0, self.pad_bottom])
+        value = self.value_proj(x).permute(0, 2, 3, 1).contiguous()
+        return self.output_proj(self.dcn(value).permute(0, 3, 1, 2))

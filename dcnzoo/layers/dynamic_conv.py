@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..ops import dynamic_conv2d
 from ..ops._dynamic_conv import pad_same, symmetric_padding
-from .dcnv4 import _pair
+from ._geometry import check_groups, check_positive, pair
 
 torch.fx.wrap('pad_same')
 
@@ -56,24 +56,13 @@ class CondConv2d(nn.Module):
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        numbers = {
-            'in_channels': in_channels,
-            'out_channels': out_channels,
-            'groups': groups,
-            'num_experts': num_experts,
-        }
-        for name, number in numbers.items():
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f'{name} must be a positive int, got {number!r}')
-        if in_channels % groups != 0 or out_channels % groups != 0:
-            raise ValueError(
-                f'groups must divide in_channels {in_channels} and out_channels {out_channels}, got {groups}'
-            )
+        check_positive(in_channels=in_channels, out_channels=out_channels, groups=groups, num_experts=num_experts)
+        check_groups(in_channels, out_channels, groups)
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = _pair('kernel_size', kernel_size, 1)
-        self.stride = _pair('stride', stride, 1)
-        self.dilation = _pair('dilation', dilation, 1)
+        self.kernel_size = pair('kernel_size', kernel_size, 1)
+        self.stride = pair('stride', stride, 1)
+        self.dilation = pair('dilation', dilation, 1)
         self.groups = groups
         self.num_experts = num_experts
         self.padding, self.same_padding = self._resolve(padding)
@@ -89,7 +78,7 @@ class CondConv2d(nn.Module):
     def _resolve(self, padding: int | tuple[int, int] | str) -> tuple[tuple[int, int], bool]:
         """Padding in pixels, and whether the input's size decides about more."""
         if not isinstance(padding, str):
-            return _pair('padding', padding, 0), False
+            return pair('padding', padding, 0), False
         symmetric = symmetric_padding(self.kernel_size, self.stride, self.dilation)
         if padding == '':
             return symmetric, False

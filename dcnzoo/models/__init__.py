@@ -1,5 +1,5 @@
 """The architectures, registered with timm on import."""
 
-from . import dcnv4, parameternet
+from . import dcnv4, internimage, parameternet
 
-__all__ = ['dcnv4', 'parameternet']
+__all__ = ['dcnv4', 'internimage', 'parameternet']

@@ -10,7 +10,7 @@ without weights.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -30,6 +30,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..layers import DynamicConv2d
+from ._backbone import Backbone
 from ._builder import build_model_with_cfg
 
 __all__ = ['ParameterNet']
@@ -223,7 +224,7 @@ GHOSTNET_600M = (
 )
 
 
-class ParameterNet(nn.Module):
+class ParameterNet(Backbone):
     """GhostNet whose convolutions, but for the downsampling ones and the head's, are dynamic.
 
     Args:
@@ -328,6 +329,7 @@ class ParameterNet(nn.Module):
             # Features are the last maps before a block that downsamples.
             if i + 1 == len(cfgs) or cfgs[i + 1][0][-1] > 1:
                 self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=f'blocks.{i}'))
+        self.num_stages = len(self.feature_info)
         self.stage_ends = [int(info['module'].split('.')[-1]) for info in self.feature_info]
         stages.append(nn.Sequential(ConvBnAct(conv_layer, chs, mid_chs, act_layer, **dd)))
         self.blocks = nn.Sequential(*stages)
@@ -350,11 +352,6 @@ class ParameterNet(nn.Module):
                 (r'^conv_head', (99999,)),
             ],
         )
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay, beyond biases and other vectors."""
-        return set()
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -393,44 +390,6 @@ class ParameterNet(nn.Module):
         for module in (self.global_pool, self.flatten, self.classifier):
             module.train(self.training)
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = 'NCHW',
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Runs the network and collects the last maps of each resolution.
-
-        Args:
-            x: Images, (N, in_chans, H, W).
-            indices: Resolutions to collect, of stride 2, 4, 8, ...: the last n for an int, those listed for a list, all
-                for None.
-            norm: Has no effect, every map is as normalised as the next stage finds it.
-            stop_early: Leave out what follows the last map collected.
-            output_fmt: Layout of the maps collected, 'NCHW' or 'NHWC'.
-            intermediates_only: Return the list alone.
-
-        Returns:
-            What `forward_features` gives (the last map run, with `stop_early`) and the list of maps.
-
-        Raises:
-            ValueError: `output_fmt` is another layout.
-        """
-        if output_fmt not in ('NCHW', 'NHWC'):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
-        take_indices, max_index = feature_take_indices(len(self.stage_ends), indices)
-        take_stages = [self.stage_ends[i] for i in take_indices]
-        intermediates = []
-        x = self.act1(self.bn1(self.conv_stem(x)))
-        for i, stage in enumerate(self.blocks[: self.stage_ends[max_index] + 1] if stop_early else self.blocks):
-            x = checkpoint_seq(stage, x) if self.grad_checkpointing and not torch.jit.is_scripting() else stage(x)
-            if i in take_stages:
-                intermediates.append(x if output_fmt == 'NCHW' else x.permute(0, 2, 3, 1))
-        return intermediates if intermediates_only else (x, intermediates)
-
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -444,16 +403,33 @@ class ParameterNet(nn.Module):
         Returns:
             The resolutions' indices.
         """
-        take_indices, max_index = feature_take_indices(len(self.stage_ends), indices)
-        prune_final_conv = prune_norm or max_index < len(self.stage_ends) - 1
+        take_indices, max_index = feature_take_indices(self.num_stages, indices)
+        prune_final_conv = prune_norm or max_index < self.num_stages - 1
         if prune_final_conv:
             self.blocks = self.blocks[: self.stage_ends[max_index] + 1]
+            self.num_stages = max_index + 1
             self.num_features = self.feature_info[max_index]['num_chs']
         if prune_final_conv or prune_head:
             self.conv_head = nn.Identity()
             self.act2 = nn.Identity()
             self.reset_classifier(0, '')
         return take_indices
+
+    def _feature_maps(self, x: Tensor) -> Iterator[Tensor]:
+        x = self.act1(self.bn1(self.conv_stem(x)))
+        begin = 0
+        for end in self.stage_ends[: self.num_stages]:
+            x = self._forward_blocks(self.blocks[begin : end + 1], x)
+            yield x
+            begin = end + 1
+
+    def _forward_neck(self, previous: Tensor, x: Tensor) -> Tensor:
+        return self._forward_blocks(self.blocks[self.stage_ends[self.num_stages - 1] + 1 :], x)
+
+    def _forward_blocks(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
+        if self.grad_checkpointing:
+            return checkpoint_seq(blocks, x, flatten=True)
+        return blocks(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Maps images (N, in_chans, H, W) to the map that is pooled, (N, num_features, H', W')."""
@@ -472,10 +448,6 @@ class ParameterNet(nn.Module):
         if self.drop_rate > 0.0:
             x = F.dropout(x, p=self.drop_rate, training=self.training)
         return x if pre_logits else self.classifier(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.forward_features(x)
-        return self.forward_head(x)
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:

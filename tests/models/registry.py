@@ -11,6 +11,7 @@ import dcnzoo  # noqa: F401  (registers the models)
 
 SMALL = 5e6
 MEDIUM = 32e6
+LARGE = 400e6
 
 
 @functools.cache

@@ -1,41 +1,16 @@
 """The dcnv4 models: published sizes, weights and outputs, and the options of their architecture."""
 
-import json
-from pathlib import Path
-
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg
 from torch.testing import assert_close
 
-from dcnzoo.models.dcnv4 import FlashInternImage, checkpoint_filter_fn
+from dcnzoo.models.internimage import checkpoint_filter_fn
 
+from .golden import KEYS, OUTPUTS, relative_error
 from .golden.fill import fill, image
 from .registry import create, parameter_count, randomize
-
-GOLDEN = Path(__file__).parent / 'golden'
-KEYS = json.loads((GOLDEN / 'keys.json').read_text())
-OUTPUTS = load_file(GOLDEN / 'models.safetensors')
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual.double() - expected).norm() / expected.norm()).item()
-
-
-@pytest.fixture(scope='module')
-def published(tmp_path_factory):
-    """Makes files as the publishers do, a pickle of {'model': state_dict} in the published key layout."""
-    folder = tmp_path_factory.mktemp('published')
-
-    def path_for(name: str) -> str:
-        path = folder / f'{name}.pth'
-        if not path.exists():
-            torch.save({'model': fill(KEYS[name])}, path)
-        return str(path)
-
-    return path_for
 
 
 @pytest.mark.parametrize(
@@ -61,9 +36,7 @@ def test_own_parameter_counts():
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @torch.no_grad()
 def test_golden_outputs(published, name, seed, batch, dtype, tolerance):
-    model = timm.create_model(
-        name, pretrained=True, pretrained_cfg_overlay=dict(file=published(name)), dtype=dtype
-    ).eval()
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=published(name), dtype=dtype).eval()
     features, stages = model.forward_intermediates(image(seed, (batch, 3, 224, 224)).to(dtype))
     assert relative_error(model.forward_head(features), OUTPUTS[f'{name}.logits']) < tolerance
     for i, stage in enumerate(stages):
@@ -85,34 +58,6 @@ def test_published_keys_map_onto_the_models(name, wrapped):
     assert checkpoint_filter_fn(model.state_dict(), model).keys() == model.state_dict().keys()
 
 
-@pytest.mark.parametrize(
-    ('name', 'options'),
-    [
-        (
-            'internimage_huge',
-            dict(channels=320, depths=(6, 6, 32, 6), groups=(10, 20, 40, 80), res_post_norm=True)
-            | dict(level2_post_norm_block_ids=(5, 11, 17, 23, 29)),
-        ),
-        (
-            'internimage_giant',
-            dict(channels=512, depths=(2, 2, 48, 4), groups=(16, 32, 64, 128), post_norm=True)
-            | dict(level2_post_norm_block_ids=(5, 11, 17, 23, 29, 35, 41, 47)),
-        ),
-    ],
-)
-def test_published_keys_of_the_largest_options(name, options):
-    """The largest InternImages have every option; but for the operator's own, their keys are these models'."""
-    with torch.device('meta'):
-        model = FlashInternImage(
-            use_clip_projector=True, center_feature_scale=True, dcn_output_bias=True, mlp_fc2_bias=True, **options
-        )
-        state_dict = {key: torch.empty(shape) for key, shape in KEYS[name].items() if '.dcn.' not in key}
-    mapped = checkpoint_filter_fn(state_dict, model)
-    assert {key: value.shape for key, value in mapped.items()} == {
-        key: value.shape for key, value in model.state_dict().items() if '.dcn.' not in key
-    }
-
-
 @pytest.mark.parametrize('num_classes', [0, 5, 1000])
 @pytest.mark.parametrize('in_chans', [1, 3])
 @torch.no_grad()
@@ -120,7 +65,7 @@ def test_classes_and_channels_of_a_published_load(published, num_classes, in_cha
     model = timm.create_model(
         'dcnv4_tiny',
         pretrained=True,
-        pretrained_cfg_overlay=dict(file=published('dcnv4_tiny')),
+        pretrained_cfg_overlay=published('dcnv4_tiny'),
         num_classes=num_classes,
         in_chans=in_chans,
         dtype=torch.float64,
@@ -142,7 +87,7 @@ def test_features_of_a_published_load(published):
     model = timm.create_model(
         'dcnv4_tiny',
         pretrained=True,
-        pretrained_cfg_overlay=dict(file=published('dcnv4_tiny')),
+        pretrained_cfg_overlay=published('dcnv4_tiny'),
         features_only=True,
         out_indices=(1, 3),
         dtype=torch.float64,
@@ -155,7 +100,7 @@ def test_features_of_a_published_load(published):
 
 def test_weights_of_another_size_are_refused(published):
     with pytest.raises(RuntimeError, match='size mismatch'):
-        timm.create_model('dcnv4_small', pretrained=True, pretrained_cfg_overlay=dict(file=published('dcnv4_tiny')))
+        timm.create_model('dcnv4_small', pretrained=True, pretrained_cfg_overlay=published('dcnv4_tiny'))
 
 
 @pytest.mark.parametrize(

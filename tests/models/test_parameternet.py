@@ -1,12 +1,8 @@
 """The parameternet models: published sizes, keys and outputs, and the options of their architecture."""
 
-import json
-from pathlib import Path
-
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.models import reparameterize_model
 from torch import nn
 from torch.testing import assert_close
@@ -16,23 +12,9 @@ from dcnzoo.layers import DynamicConv2d
 from dcnzoo.layers.dynamic_conv import GatedConv2d
 from dcnzoo.models.parameternet import GHOSTNET
 
-from .golden.fill import fill, image
+from .golden import KEYS, OUTPUTS, relative_error
+from .golden.fill import image
 from .registry import create, parameter_count
-
-GOLDEN = Path(__file__).parent / 'golden'
-KEYS = json.loads((GOLDEN / 'keys.json').read_text())['parameternet_600m']
-LOGITS = load_file(GOLDEN / 'models.safetensors')['parameternet_600m.logits']
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual.double() - expected).norm() / expected.norm()).item()
-
-
-@pytest.fixture(scope='module')
-def published(tmp_path_factory):
-    path = tmp_path_factory.mktemp('published') / 'parameternet_600m.pth'
-    torch.save({'model': fill(KEYS)}, path)
-    return dict(file=str(path))
 
 
 @pytest.mark.parametrize(
@@ -66,19 +48,24 @@ def test_published_multiplications(name, millions):
 def test_published_keys():
     with torch.device('meta'):
         state_dict = timm.create_model('parameternet_600m').state_dict()
-    assert {key: list(value.shape) for key, value in state_dict.items()} == KEYS
+    assert {key: list(value.shape) for key, value in state_dict.items()} == KEYS['parameternet_600m']
 
 
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @pytest.mark.parametrize('channels_last', [False, True])
 @torch.no_grad()
 def test_golden_outputs(published, dtype, tolerance, channels_last):
-    model = timm.create_model('parameternet_600m', pretrained=True, pretrained_cfg_overlay=published, dtype=dtype)
-    x = image(21, (3, 3, 224, 224)).to(dtype)
+    model = timm.create_model(
+        'parameternet_600m',
+        pretrained=True,
+        pretrained_cfg_overlay=published('parameternet_600m'),
+        dtype=dtype,
+    )
+    x, logits = image(21, (3, 3, 224, 224)).to(dtype), OUTPUTS['parameternet_600m.logits']
     if channels_last:
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-    assert relative_error(model.eval()(x), LOGITS) < tolerance
-    assert relative_error(model(x[1:2]), LOGITS[1:2]) < tolerance
+    assert relative_error(model.eval()(x), logits) < tolerance
+    assert relative_error(model(x[1:2]), logits[1:2]) < tolerance
 
 
 @pytest.mark.parametrize('num_classes', [0, 5, 1000])
@@ -88,7 +75,7 @@ def test_classes_and_channels_of_a_published_load(published, num_classes, in_cha
     model = timm.create_model(
         'parameternet_600m',
         pretrained=True,
-        pretrained_cfg_overlay=published,
+        pretrained_cfg_overlay=published('parameternet_600m'),
         num_classes=num_classes,
         in_chans=in_chans,
     ).eval()
@@ -98,7 +85,9 @@ def test_classes_and_channels_of_a_published_load(published, num_classes, in_cha
     assert outputs.isfinite().all()
     if num_classes == 1000 and in_chans == 1:
         # An image whose channels are equal is the same image to a network of one channel.
-        full = timm.create_model('parameternet_600m', pretrained=True, pretrained_cfg_overlay=published).eval()
+        full = timm.create_model(
+            'parameternet_600m', pretrained=True, pretrained_cfg_overlay=published('parameternet_600m')
+        ).eval()
         assert_close(outputs, full(grey.expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-3)
 
 
