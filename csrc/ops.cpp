@@ -16,10 +16,8 @@
 STABLE_TORCH_LIBRARY_IMPL(dcnzoo, DCNZOO_DEVICE, m) {
   m.impl("dcnv4", TORCH_BOX(&dcnzoo::dcnv4));
   m.impl("dcnv4_backward", TORCH_BOX(&dcnzoo::dcnv4_backward));
-#ifndef DCNZOO_CUDA
   m.impl("deform_attn", TORCH_BOX(&dcnzoo::deform_attn));
   m.impl("deform_attn_backward", TORCH_BOX(&dcnzoo::deform_attn_backward));
-#endif
 }
 
 // setuptools makes Windows' linker export this of every extension. Nothing calls it: the library is loaded as such, so

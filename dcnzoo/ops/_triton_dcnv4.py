@@ -12,18 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ARITHMETIC = {
-    torch.float64: tl.float64,
-    torch.float32: tl.float32,
-    torch.float16: tl.float32,
-    torch.bfloat16: tl.float32,
-}
+from ._triton import ARITHMETIC, INTERPRETED, OPTIONS, device_index, find_cell, scatter
+
 _UNSPECIALIZED = ('height', 'width', 'out_h', 'out_w')
-_OPTIONS = {'enable_fp_fusion': True}  # which newer versions of Triton leave out unless asked
-_INTERPRETED = triton.knobs.runtime.interpret
-_ROWS = 512 if _INTERPRETED else 64  # of a tile; interpreted programs are slow whatever their size
+_ROWS = 512 if INTERPRETED else 64  # of a tile; interpreted programs are slow whatever their size
 # What matrix products are made in; the interpreter takes the bits of a bfloat16 for an integer.
-_HALVES = {torch.float16: tl.float16, torch.bfloat16: tl.float32 if _INTERPRETED else tl.bfloat16}
+_HALVES = {torch.float16: tl.float16, torch.bfloat16: tl.float32 if INTERPRETED else tl.bfloat16}
 _UNROLLED = 16  # kernels of more points run in a loop, for the compiler's sake
 
 
@@ -82,19 +76,6 @@ def _modulation(scalars, k, real, highest, factor, SOFTMAX: tl.constexpr, T: tl.
     return m
 
 
-@triton.jit
-def _cell(x, y, height, width, inside, INDEX: tl.constexpr):
-    """The four pixels around a point: the first one's column and row, the way from there, and which are on the map."""
-    left, top = tl.floor(x), tl.floor(y)
-    column, row = left.to(INDEX), top.to(INDEX)
-    on_left, on_right = inside & (column >= 0), inside & (column + 1 < width)
-    on_top, on_bottom = row >= 0, row + 1 < height
-    return (
-        column, row, x - left, y - top,
-        on_left & on_top, on_right & on_top, on_left & on_bottom, on_right & on_bottom,
-    )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _forward_kernel(
     value, offset_mask, out, height, width, out_h, out_w, value_n, value_h, value_w, packed_n, packed_h, packed_w,
@@ -123,7 +104,7 @@ def _forward_kernel(
             )
             m = _modulation(packed + 2 * POINTS, k, real, highest, factor, SOFTMAX, T)
             m = tl.where(inside, m, 0.0)
-            left, top, fx, fy, on00, on01, on10, on11 = _cell(x, y, height, width, inside, INDEX)
+            left, top, fx, fy, on00, on01, on10, on11 = find_cell(x, y, height, width, inside, INDEX)
             corner = value + ((top * value_h + left * value_w)[:, None] + channels)
             there = d[None, :] < DEPTH
             v00 = tl.load(corner, mask=on00[:, None] & there, other=0.0).to(T)
@@ -140,17 +121,6 @@ def _forward_kernel(
 
 
 @triton.jit
-def _scatter(grad_value, grad, m, left, top, fx, fy, on00, on01, on10, on11, width, channels, CHANNELS: tl.constexpr):
-    """Adds a point's shares to the value map's gradient at the four pixels around it, where they are on the map."""
-    below = width.to(left.dtype) * CHANNELS
-    cell = grad_value + ((top * width + left)[:, None] * CHANNELS + channels)
-    tl.atomic_add(cell, grad * ((1 - fx) * (1 - fy) * m)[:, None], mask=on00, sem='relaxed')
-    tl.atomic_add(cell + CHANNELS, grad * (fx * (1 - fy) * m)[:, None], mask=on01, sem='relaxed')
-    tl.atomic_add(cell + below, grad * ((1 - fx) * fy * m)[:, None], mask=on10, sem='relaxed')
-    tl.atomic_add(cell + below + CHANNELS, grad * (fx * fy * m)[:, None], mask=on11, sem='relaxed')
-
-
-@triton.jit
 def _tap_gradients(
     grad, value, grad_value, packed, k, x0, y0, height, width, value_h, value_w, real, channels, d, highest, factor,
     DEPTH: tl.constexpr, GROUPS: tl.constexpr, KERNEL_H: tl.constexpr, POINTS: tl.constexpr, SKIPPED: tl.constexpr,
@@ -163,7 +133,7 @@ def _tap_gradients(
     )
     p = _modulation(packed + 2 * POINTS, k, real, highest, factor, SOFTMAX, T)
     m = tl.where(inside, p, 0.0)
-    left, top, fx, fy, on00, on01, on10, on11 = _cell(x, y, height, width, inside, INDEX)
+    left, top, fx, fy, on00, on01, on10, on11 = find_cell(x, y, height, width, inside, INDEX)
     corner = value + ((top * value_h + left * value_w)[:, None] + channels)
     there = (d < DEPTH)[None, :]
     on00, on01, on10, on11 = on00[:, None] & there, on01[:, None] & there, on10[:, None] & there, on11[:, None] & there
@@ -172,7 +142,7 @@ def _tap_gradients(
     dot10 = tl.sum(grad * tl.load(corner + value_h, mask=on10, other=0.0).to(T), 1)
     dot11 = tl.sum(grad * tl.load(corner + value_h + value_w, mask=on11, other=0.0).to(T), 1)
     if SCATTER:
-        _scatter(grad_value, grad, m, left, top, fx, fy, on00, on01, on10, on11, width, channels, GROUPS * DEPTH)
+        scatter(grad_value, grad, m, left, top, fx, fy, on00, on01, on10, on11, width, channels, GROUPS * DEPTH)
     scale = tl.full((), SCALE, T)
     grad_x = ((dot01 - dot00) * (1 - fy) + (dot11 - dot10) * fy) * (m * scale)
     grad_y = ((dot10 - dot00) * (1 - fx) + (dot11 - dot01) * fx) * (m * scale)
@@ -308,10 +278,10 @@ def _scatter_far(
         dy = tl.load(packed + 2 * k + 1, mask=real, other=0.0).to(T)
         inside = inside & (_near(dx, dy, m, finite, MARGIN_H, MARGIN_W, SCALE) == 0)
         if tl.max(inside.to(tl.int32), 0) > 0:
-            left, top, fx, fy, on00, on01, on10, on11 = _cell(x, y, height, width, inside, INDEX)
+            left, top, fx, fy, on00, on01, on10, on11 = find_cell(x, y, height, width, inside, INDEX)
             on00, on01 = on00[:, None] & there, on01[:, None] & there
             on10, on11 = on10[:, None] & there, on11[:, None] & there
-            _scatter(grad_value, grad, m, left, top, fx, fy, on00, on01, on10, on11, width, d, GROUPS * DEPTH)
+            scatter(grad_value, grad, m, left, top, fx, fy, on00, on01, on10, on11, width, d, GROUPS * DEPTH)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -438,7 +408,7 @@ def _ordered_kernel(
             inside = inside & (y >= first - 1) & (y < last)
             if tl.max(inside.to(tl.int32), 0) > 0:
                 m = _modulation(packed + 2 * POINTS, k, real, highest, factor, SOFTMAX, T)
-                left, top, fx, fy, on00, on01, on10, on11 = _cell(x, y, height, width, inside, INDEX)
+                left, top, fx, fy, on00, on01, on10, on11 = find_cell(x, y, height, width, inside, INDEX)
                 above, below = (top >= first) & (top < last), (top + 1 >= first) & (top + 1 < last)
                 on00, on01 = (on00 & above)[:, None] & there, (on01 & above)[:, None] & there
                 on10, on11 = (on10 & below)[:, None] & there, (on11 & below)[:, None] & there
@@ -465,11 +435,11 @@ def dcnv4(value: Tensor, offset_mask: Tensor, *arguments) -> Tensor:
     constants = _constants(value, *arguments)
     tile = _tile(constants['GROUPS'], constants['DEPTH'], value.element_size())
     if n > 0:
-        with torch.accelerator.device_index(_index(value)):
+        with torch.accelerator.device_index(device_index(value)):
             _forward_kernel[(_programs(offset_mask, constants['GROUPS'], tile),)](
                 value, offset_mask, out, height, width, out_h, out_w, *value.stride()[:3], *offset_mask.stride()[:3],
                 **constants, **tile, UNROLL=_unrolled(constants['POINTS']), INDEX=_index_type(value, offset_mask, out),
-                T=_ARITHMETIC[value.dtype], **_OPTIONS,
+                T=ARITHMETIC[value.dtype], **OPTIONS,
             )  # fmt: skip
     return out
 
@@ -504,25 +474,25 @@ def dcnv4_backward(grad_output: Tensor, value: Tensor, offset_mask: Tensor, *arg
         'LANES': tile['LANES'],
         'INDEX': _index_type(grad_output, value, offset_mask, grad_value, grad_packed),
     }
-    with torch.accelerator.device_index(_index(value)):
+    with torch.accelerator.device_index(device_index(value)):
         _backward_kernel[(_programs(offset_mask, groups, tile),)](
             grad_output, value, offset_mask, grad_value, grad_packed, *sizes,
             *grad_strides, *value.stride()[:3], *packed_strides, packed_channels,
             **{**common, **tile}, UNROLL=_unrolled(points), SCATTER=scatter,
-            T=_ARITHMETIC[value.dtype], **_OPTIONS,
+            T=ARITHMETIC[value.dtype], **OPTIONS,
         )  # fmt: skip
         if deterministic:
             bands = min(height, triton.cdiv(1024, n * groups))
             _ordered_kernel[(n * groups * bands,)](
                 grad_output, offset_mask, grad_value, *sizes, bands, *grad_strides, *packed_strides,
-                **common, T=_ARITHMETIC[value.dtype], num_warps=1, **_OPTIONS,
+                **common, T=ARITHMETIC[value.dtype], num_warps=1, **OPTIONS,
             )  # fmt: skip
         elif margins is not None:
             common['LANES'] = max(16, common['LANES'])
             _window_kernel[(n * groups * triton.cdiv(out_h, 8) * triton.cdiv(out_w, 8),)](
                 grad_output, offset_mask, grad_value, *sizes, *grad_strides, *packed_strides,
                 **common, MARGIN_H=margins[0], MARGIN_W=margins[1], HALF=_HALVES[value.dtype],
-                num_warps=8, **_OPTIONS,
+                num_warps=8, **OPTIONS,
             )  # fmt: skip
     return grad_value.to(value.dtype), grad_packed
 
@@ -588,10 +558,6 @@ def _index_type(*tensors: Tensor) -> tl.dtype:
     """The type of offsets within one image: int32 where all of them fit."""
     spans = (sum(size * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in tensors)
     return tl.int32 if max(spans) < 2**31 else tl.int64
-
-
-def _index(tensor: Tensor) -> int | None:
-    return tensor.device.index if tensor.device.type != 'cpu' else None
 
 
 def _channels_contiguous(tensor: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not NVCC.exists(), reason='th
 
 
 @pytest.mark.parametrize('architecture', ['80', '90'])
-@pytest.mark.parametrize('name', ['dcnv4_forward', 'dcnv4_backward', 'dcnv4_gather'])
+@pytest.mark.parametrize(
+    'name', ['dcnv4_forward', 'dcnv4_backward', 'dcnv4_gather', 'deform_attn_forward', 'deform_attn_backward']
+)
 def test_no_spills(tmp_path, name, architecture):
     includes = [f'-I{path}' for path in cpp_extension.include_paths()]
     defines = [flag for flag in FLAGS if flag.startswith(('-D', '-std'))]

@@ -20,7 +20,13 @@ DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 KERNELS = '_forward_kernel', '_backward_kernel', '_window_kernel', '_ordered_kernel'
 NAMED = {case.name: case for case in CASES}
-TYPES = {torch.float16: 'fp16', torch.bfloat16: 'bf16', torch.float32: 'fp32', torch.float64: 'fp64'}
+TYPES = {
+    torch.float16: 'fp16',
+    torch.bfloat16: 'bf16',
+    torch.float32: 'fp32',
+    torch.float64: 'fp64',
+    torch.int32: 'i32',
+}
 
 runs = pytest.mark.skipif(
     'triton' not in available_backends(DEVICE), reason='runs on a GPU, and in test_under_the_interpreter'
