@@ -18,13 +18,17 @@ export DCNZOO_TEST_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: help demo test test-all test-lowest cuda fuzz sanitize lint format clean
+YOLO_LOWEST := 8.3.240
+YOLO_TESTS := tests/integrations/ultralytics tests/commands/test_yolo.py
+
+.PHONY: help demo test test-all test-lowest test-yolo cuda fuzz sanitize lint format clean
 
 help:
 	@echo 'make demo         install into $(VENV), train dcnv4_atto on handwritten digits, classify images it never saw'
 	@echo 'make test         install into $(VENV) and run the tests'
 	@echo 'make test-all     the same with the tests that take minutes'
 	@echo 'make test-lowest  run the tests on the oldest supported versions, in $(VENV)-lowest'
+	@echo 'make test-yolo    run all tests of YOLO models on the oldest and on the newest supported ultralytics'
 	@echo 'make cuda         compile and link the CUDA operators, which takes nvcc and no GPU, and check their registers'
 	@echo 'make fuzz         ten thousand random calls of the operator against its specification'
 	@echo 'make sanitize     run the tests of the operator on a library with AddressSanitizer and UBSan'
@@ -50,6 +54,13 @@ test-all: $(VENV)/.native $(VENV)/.test
 
 test-lowest: $(VENV)-lowest/.installed
 	$(VENV)-lowest/bin/python -m pytest -n $(JOBS) --maxprocesses 8 -m 'not slow'
+
+# The oldest shares the dependencies of the newest and lies in a folder of its own.
+test-yolo: $(VENV)/.native $(VENV)/.test
+	$(BIN)/python -m pip install --upgrade --no-deps --target build/ultralytics-$(YOLO_LOWEST) ultralytics==$(YOLO_LOWEST)
+	PYTHONPATH=build/ultralytics-$(YOLO_LOWEST) $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 $(YOLO_TESTS)
+	$(BIN)/python -m pip install --upgrade ultralytics
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 $(YOLO_TESTS)
 
 cuda: $(VENV)/.test
 	@echo '==> Compiling the CUDA operators'

@@ -26,6 +26,10 @@ os.environ |= {
     'HF_HUB_DISABLE_XET': '1',
     'HF_HUB_DISABLE_PROGRESS_BARS': '1',
     'TORCH_HOME': _home,
+    # ultralytics too: no network, no installing of packages, settings of the tests' own.
+    'YOLO_OFFLINE': 'true',
+    'YOLO_AUTOINSTALL': 'false',
+    'YOLO_CONFIG_DIR': _home,
 }
 for _name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'HF_HUB_CACHE', 'HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE'):
     os.environ.pop(_name, None)

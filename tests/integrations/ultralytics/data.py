@@ -1,0 +1,78 @@
+"""Images with labels for every task: photos where they are at hand, otherwise boxes drawn on noise."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+
+PHOTOS = Path(os.environ['DCNZOO_TEST_DATA']) / 'coco_cc' if os.environ.get('DCNZOO_TEST_DATA') else None
+COLOURS = {'red': (220, 40, 30), 'blue': (30, 60, 220)}
+SIZE = 96
+
+
+def make(folder: Path, task: str, train: int = 24, val: int = 6) -> str:
+    """Makes a data set; returns what training takes as `data`."""
+    if task == 'detect' and PHOTOS is not None and PHOTOS.is_dir():
+        return copy_photos(folder, train, val)
+    rng = np.random.default_rng(0)
+    for split, count in (('train', train), ('val', val)):
+        for index in range(count):
+            draw(folder, split, index, task, rng)
+    if task == 'classify':
+        return str(folder)
+    extra = {'kpt_shape': [4, 3]} if task == 'pose' else {}
+    return describe(folder, dict(enumerate(COLOURS)), **extra)
+
+
+def copy_photos(folder: Path, train: int, val: int) -> str:
+    """The first photos, shrunk, with their labels."""
+    for split, count in (('train', train), ('val', val)):
+        photos = sorted((PHOTOS / 'images' / split).iterdir())[:count]
+        assert len(photos) == count
+        for photo in photos:
+            image, label = (folder / kind / split / photo.name for kind in ('images', 'labels'))
+            for path in (image, label):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            with Image.open(photo) as opened:
+                opened.thumbnail((160, 160))
+                opened.convert('RGB').save(image)
+            shutil.copyfile(PHOTOS / 'labels' / split / f'{photo.stem}.txt', label.with_suffix('.txt'))
+    return describe(folder, yaml.safe_load((PHOTOS / 'data.yaml').read_text())['names'])
+
+
+def describe(folder: Path, names: dict[int, str], **extra: object) -> str:
+    path = folder / 'data.yaml'
+    path.write_text(
+        yaml.safe_dump({'path': str(folder), 'train': 'images/train', 'val': 'images/val', 'names': names, **extra})
+    )
+    return str(path)
+
+
+def draw(folder: Path, split: str, index: int, task: str, rng: np.random.Generator) -> None:
+    """One image with one rectangle, red or blue, and its label."""
+    kind = int(rng.integers(len(COLOURS)))
+    pixels = rng.integers(0, 60, (SIZE, SIZE, 3), dtype=np.uint8)
+    left, top = rng.integers(0, SIZE // 2, 2)
+    width, height = rng.integers(SIZE // 4, SIZE // 2, 2)
+    pixels[top : top + height, left : left + width] = list(COLOURS.values())[kind]
+    if task == 'classify':
+        path = folder / split / list(COLOURS)[kind] / f'{index}.jpg'
+    else:
+        path = folder / 'images' / split / f'{index}.jpg'
+        x, y, w, h = (number / SIZE for number in (left, top, width, height))
+        corners = [x, y, x + w, y, x + w, y + h, x, y + h]
+        box = [x + w / 2, y + h / 2, w, h]
+        numbers = {
+            'detect': box,
+            'segment': corners,
+            'obb': corners,
+            'pose': box + [value for i in range(4) for value in (*corners[2 * i : 2 * i + 2], 2)],
+        }[task]
+        label = folder / 'labels' / split / f'{index}.txt'
+        label.parent.mkdir(parents=True, exist_ok=True)
+        label.write_text(' '.join(map(str, [kind, *numbers])) + '\n')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
