@@ -133,14 +133,14 @@ def add_adopt_arguments(parser: argparse.ArgumentParser) -> None:
 
 def adopt(args: argparse.Namespace) -> int:
     """Rebuilds a checkpoint of hand-patched files on our blocks; none of the code that it names runs."""
-    from ..integrations.ultralytics.adopt import adopt
+    from ..integrations import ultralytics
 
     output = args.output or args.checkpoint.with_name(f'{args.checkpoint.stem}-dcnzoo.pt')
     wrong = [pair for pair in args.rename if len(pair.split('=')) != 2]
     if wrong:
         raise CommandError(f'--rename takes OLD=NEW, got {wrong[0]}')
     try:
-        model = adopt(args.checkpoint, output, dict(pair.split('=') for pair in args.rename))
+        model = ultralytics.adopt(args.checkpoint, output, dict(pair.split('=') for pair in args.rename))
     except OSError as error:
         raise CommandError(f'{error.filename or args.checkpoint}: {error.strerror or error}') from error
     tensors = len(model.state_dict())

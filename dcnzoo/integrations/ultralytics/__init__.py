@@ -10,7 +10,6 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("dcnzoo.integrations.ultralytics needs ultralytics: pip install 'dcnzoo[yolo]'") from error
 
-from .adopt import adopt
 from .blocks import (
     C2f_DCNv4,
     C2f_GhostModule_DynamicConv,
@@ -22,6 +21,7 @@ from .blocks import (
     DynamicConv,
     TimmBackbone,
 )
+from .checkpoints import adopt
 from .configs import VARIANTS, ModelConfig, Row, Variant, model_config
 from .registration import BLOCKS, RegistrationError, register
 

@@ -7,10 +7,6 @@ import sys
 import pytest
 import torch
 
-pytest.importorskip('ultralytics', reason="needs ultralytics: pip install 'dcnzoo[yolo]'")
-
-from ultralytics import YOLO
-
 from . import data
 
 SETTINGS = dict(
@@ -34,6 +30,7 @@ def images(tmp_path_factory):
 @pytest.fixture(scope='session')
 def train(images, tmp_path_factory):
     """Trains a model for a short epoch; returns it, with the loss of one batch before and after in `losses`."""
+    from ultralytics import YOLO
 
     def train(config, task='detect', **settings):
         model = YOLO(config)

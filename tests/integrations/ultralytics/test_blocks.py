@@ -3,6 +3,9 @@
 import copy
 
 import pytest
+
+pytest.importorskip('ultralytics', reason="needs ultralytics: pip install 'dcnzoo[yolo]'")
+
 import torch
 from torch import nn
 

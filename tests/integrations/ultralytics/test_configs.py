@@ -5,6 +5,9 @@ import pickle
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip('ultralytics', reason="needs ultralytics: pip install 'dcnzoo[yolo]'")
+
 import torch
 import yaml
 from ultralytics import YOLO

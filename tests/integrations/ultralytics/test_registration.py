@@ -4,6 +4,9 @@ import re
 import types
 
 import pytest
+
+pytest.importorskip('ultralytics', reason="needs ultralytics: pip install 'dcnzoo[yolo]'")
+
 import torch
 import yaml
 from torch import nn

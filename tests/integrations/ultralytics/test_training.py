@@ -5,6 +5,9 @@ import copy
 import numpy as np
 import onnxruntime
 import pytest
+
+pytest.importorskip('ultralytics', reason="needs ultralytics: pip install 'dcnzoo[yolo]'")
+
 import torch
 from PIL import Image
 from ultralytics import YOLO

@@ -7,6 +7,9 @@ import sys
 import types
 
 import pytest
+
+pytest.importorskip('ultralytics', reason="needs ultralytics: pip install 'dcnzoo[yolo]'")
+
 import torch
 from torch import nn
 from ultralytics import YOLO
