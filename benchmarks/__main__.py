@@ -5,6 +5,7 @@
     python -m benchmarks op --device cuda                  its CUDA kernels
     python -m benchmarks model --peers convnext_tiny       images a second of whole models
     python -m benchmarks train --compile                   training steps, eager and compiled
+    python -m benchmarks dcnv3                             DCNv3 beside the published composition on a CPU
     python -m benchmarks deform_attn                       deformable attention beside that of transformers
     python -m benchmarks dynamic_conv --batch 8            DynamicConv2d beside timm's CondConv2d
     python -m benchmarks experts --data FLOWERS            ParameterNet trained with 1 and with 4 experts
@@ -18,21 +19,21 @@ from pathlib import Path
 
 import torch
 
-from . import deform_attn, dynamic_conv, experts, model, op, report
+from . import dcnv3, deform_attn, dynamic_conv, experts, model, op, report
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog='python -m benchmarks', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('table', choices=['op', 'model', 'train', 'deform_attn', 'dynamic_conv', 'experts'])
+    parser.add_argument('table', choices=['op', 'model', 'train', 'dcnv3', 'deform_attn', 'dynamic_conv', 'experts'])
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
     parser.add_argument('--peers', nargs='+', metavar='NAME', help='what to measure beside dcnzoo')
     parser.add_argument(
-        '--threads', nargs='+', type=int, metavar='N', help='CPU threads (op, deform_attn: 1, else all)'
+        '--threads', nargs='+', type=int, metavar='N', help='CPU threads (op, dcnv3, deform_attn: 1, else all)'
     )
     parser.add_argument(
-        '--batch', type=int, metavar='N', help='images (op: 1, cuda: 64; deform_attn: 1; else 8, cuda: 64)'
+        '--batch', type=int, metavar='N', help='images (op: 1, cuda: 64; dcnv3, deform_attn: 1; else 8, cuda: 64)'
     )
     parser.add_argument('--model', default='dcnv4_tiny', metavar='NAME', help='our model (model and train)')
     parser.add_argument('--dtypes', nargs='+', default=['float32'], choices=['float32', 'bfloat16', 'float16'])
@@ -72,6 +73,9 @@ def main() -> int:
     elif options.table == 'op':
         options.batch, options.threads = options.batch or 1, options.threads or [1]
         op.run(options)
+    elif options.table == 'dcnv3':
+        options.batch, options.threads = options.batch or 1, options.threads or [1]
+        dcnv3.run(options)
     elif options.table == 'deform_attn':
         options.batch, options.threads = options.batch or 1, options.threads or [1]
         deform_attn.run(options)

@@ -71,9 +71,9 @@ def replace_conv(
 
     Args:
         model: The model.
-        where: Which convolutions: a name or pattern such as 'layer4.*.conv2' or several of them, or a function of name
-            and convolution. By default all that look at more than one pixel and read more than 4 channels, for images
-            are where they start.
+        where: Which convolutions. By default all that look at more than one pixel and read more than 4 channels, for
+            images have little to predict offsets from; a pattern such as 'layer4.*' or several narrow that down. A
+            convolution's own name, or a function of name and convolution that returns True, takes any other too.
         layer: Makes the layer from the arguments of `torch.nn.Conv2d`.
         kwargs: Further arguments for it.
 
@@ -127,13 +127,17 @@ def _reason_to_keep(
         return f'a {type(conv).__name__} may compute something else'
     if conv.padding_mode != 'zeros':
         return f'padding_mode is {conv.padding_mode!r}'
-    if where is None:
-        if max(conv.kernel_size) == 1:
-            return 'it looks at single pixels'
-        return f'it reads {conv.in_channels} channels only' if conv.in_channels <= 4 else None
+    left_out = 'left out by `where`'
     if callable(where):
-        return None if where(name, conv) else 'left out by `where`'
-    return None if any(fnmatch.fnmatchcase(name, pattern) for pattern in where) else 'left out by `where`'
+        return None if where(name, conv) else left_out
+    if where is not None:
+        if name in where:
+            return None
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in where):
+            return left_out
+    if max(conv.kernel_size) == 1:
+        return 'it looks at single pixels'
+    return f'it reads {conv.in_channels} channels only' if conv.in_channels <= 4 else None
 
 
 def _make(name: str, conv: nn.Conv2d, layer: Callable[..., nn.Module], kwargs: dict) -> nn.Module:
