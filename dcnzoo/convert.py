@@ -235,7 +235,7 @@ def _check_space(output: Path, needed: int) -> None:
     folder = next(parent for parent in output.absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise WeightsError(f'{folder} has {free / 1e9:.1f} GB left, {needed / 1e9:.1f} GB are needed')
+        raise WeightsError(f'{folder} has {free / 1e6:,.0f} MB left, {needed / 1e6:,.0f} MB are needed')
 
 
 @torch.inference_mode()

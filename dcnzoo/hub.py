@@ -88,6 +88,7 @@ def fetch(repo_id: str, filename: str, revision: str | None = None, cache_dir: s
         lambda again: Path(_download(repo_id, filename, revision=revision, cache_dir=cache_dir, force_download=again)),
         lambda path: _damage(path, SHA256.get(f'{repo_id}/{filename}')),
         f'{repo_id}/{filename}',
+        Path(cache_dir or huggingface_hub.constants.HF_HUB_CACHE),
     )
 
 
@@ -116,10 +117,10 @@ def fetch_url(url: str) -> Path:
         actual = sha256(path)
         return f'its sha256 is {actual}' if named and not actual.startswith(named[1]) else None
 
-    return _twice(download, damage, redact(url))
+    return _twice(download, damage, redact(url), target.parent)
 
 
-def _twice(download: Callable[[bool], Path], damage: Callable[[Path], str | None], name: str) -> Path:
+def _twice(download: Callable[[bool], Path], damage: Callable[[Path], str | None], name: str, place: Path) -> Path:
     """Downloads and verifies, and once more if the content is not what it should be."""
     problem = ''
     for again in (False, True):
@@ -131,6 +132,8 @@ def _twice(download: Callable[[bool], Path], damage: Callable[[Path], str | None
             reason = explain(error.__cause__ or error)
             raise WeightsError(f'{name} is damaged ({problem}) and cannot be fetched again: {reason}') from error
         except OSError as error:
+            if error.errno == errno.ENOSPC and error.filename is None:  # from a write: say where
+                raise OSError(error.errno, error.strerror, str(place)) from error
             if type(error) is not OSError or error.errno is not None:
                 raise
             problem = str(error).split('.')[0]  # so the client says that a body was not of the size announced

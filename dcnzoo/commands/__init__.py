@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with warnings.catch_warnings(), _quiet_libraries():
         warnings.showwarning = _show_warning
+        warnings.filterwarnings('ignore', 'Not enough free disk space')  # an error says so, if it is so
         return _run(args)
 
 

@@ -4,8 +4,10 @@ import pytest
 import timm
 
 from dcnzoo.hub import sha256
+from dcnzoo.train.main import main as train
 
 from ..checkpoints import pickled, published, weights
+from ..train.conftest import forget_accelerator, make_photos, settings
 from .conftest import CLASSES, noise
 
 # the client's own use of httpx
@@ -58,6 +60,21 @@ def test_published_weights_are_pulled_into_the_cache(dcnzoo, hub, tmp_path):
         path, digest, loaded = out.splitlines()
         assert digest == f'sha256 {sha256(path)}' and loaded == f'timm loads it as {name}, pretrained=True'
     assert hub.count('GET', '.pth') == 2
+
+
+def test_a_run_is_pushed_and_predicts(dcnzoo, writable, tmp_path, capsys):
+    """The names of its folders are the names of the classes, there and back."""
+    photos = make_photos(tmp_path / 'photos', train=6, val=2)
+    forget_accelerator()
+    assert train([str(word) for word in settings(photos, tmp_path / 'run', schedule__epochs=1)]) == 0
+    assert dcnzoo('push', tmp_path / 'run/best', '--repo', 'me/photos')[0] == 0
+    assert set(writable.repos['me/photos'].files) == {'config.json', 'model.safetensors', 'README.md'}
+    assert 'trained by `dcnzoo.train`' in writable.repos['me/photos'].files['README.md'].decode()
+    for model in (f'local-dir:{tmp_path / "run/best"}', 'hf-hub:me/photos'):
+        assert timm.create_model(model, pretrained=True).num_classes == 3
+        out = dcnzoo('predict', photos / 'val', '--model', model, '--topk', 3, '--json')[1]
+        labels = {prediction['label'] for result in json.loads(out) for prediction in result['predictions']}
+        assert labels == {'blue', 'green', 'red'}
 
 
 @pytest.mark.parametrize(
