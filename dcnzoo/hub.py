@@ -8,9 +8,11 @@ everything that this package loads from a Hub goes through it, `timm.create_mode
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -86,7 +88,7 @@ def fetch(repo_id: str, filename: str, revision: str | None = None, cache_dir: s
     """
     return _twice(
         lambda again: Path(_download(repo_id, filename, revision=revision, cache_dir=cache_dir, force_download=again)),
-        lambda path: _damage(path, SHA256.get(f'{repo_id}/{filename}')),
+        lambda path: _damage(path, repo_id, filename),
         f'{repo_id}/{filename}',
         Path(cache_dir or huggingface_hub.constants.HF_HUB_CACHE),
     )
@@ -99,8 +101,8 @@ def fetch_url(url: str) -> Path:
     in which torch puts the first digits (`resnet50-0676ba61.pth`).
 
     Raises:
-        WeightsError: It was damaged both times.
-        HfHubHTTPError, OSError: As huggingface_hub raises them.
+        WeightsError: It was damaged both times, or the server has no such file for us.
+        OSError: As huggingface_hub raises it.
     """
     parts = urlsplit(url)
     place = f'{parts.hostname}:{parts.port}{parts.path}'
@@ -109,8 +111,11 @@ def fetch_url(url: str) -> Path:
 
     def download(again: bool) -> Path:
         if again or not target.exists():
-            with new_file(target) as draft, open(draft, 'wb') as file:
-                http_get(url, file)
+            with new_file(target) as draft, open(draft, 'wb') as file, _redacted_logs():
+                try:
+                    http_get(url, file, displayed_filename=target.name)
+                except HfHubHTTPError as error:
+                    raise WeightsError(f'{redact(url)}: {explain(error)}') from None  # it quotes the URL
         return target
 
     def damage(path: Path) -> str | None:
@@ -148,9 +153,9 @@ def _twice(download: Callable[[bool], Path], damage: Callable[[Path], str | None
     raise WeightsError(f'{name} came damaged, twice: {problem}')
 
 
-def _damage(path: Path, published: str | None) -> str | None:
-    """What is wrong with the content of a cached file: the cache's links lead to files named by their hashes."""
-    stated = os.path.basename(os.readlink(path)) if path.is_symlink() else ''
+def _damage(path: Path, repo_id: str, filename: str) -> str | None:
+    """What is wrong with the content of a cached file."""
+    stated, published = _stated(path, repo_id, filename), SHA256.get(f'{repo_id}/{filename}')
     if re.fullmatch('[0-9a-f]{40}', stated):
         actual = git_hash(path.read_bytes())
         return None if actual == stated else f'its hash is {actual}, the Hub says {stated}'
@@ -160,6 +165,18 @@ def _damage(path: Path, published: str | None) -> str | None:
     if published is not None and actual != published:
         return f'its sha256 is {actual}, that of the published file is {published}'
     return None
+
+
+def _stated(path: Path, repo_id: str, filename: str) -> str:
+    """The hash that the Hub says a cached file has, '' where it cannot be told."""
+    if path.is_symlink():  # to where the cache keeps files by their hashes
+        return os.path.basename(os.readlink(path))
+    try:
+        commit = path.parts[path.parts.index('snapshots') + 1]
+        url = huggingface_hub.hf_hub_url(repo_id, filename, revision=commit)
+        return huggingface_hub.get_hf_file_metadata(url).etag or ''
+    except Exception:  # without a network, for instance
+        return ''
 
 
 def _forget(path: Path) -> None:
@@ -228,14 +245,8 @@ def pull(repo_id: str, output: str | Path | None = None, revision: str | None = 
         return folder
     with new_folder(output) as draft:
         for name, file in files.items():
-            _copy(file, draft / name)
+            shutil.copyfile(file, draft / name)
     return Path(output)
-
-
-def _copy(source: Path, target: Path) -> None:
-    with open(source, 'rb') as reader, open(target, 'wb') as writer:
-        while chunk := reader.read(1 << 20):
-            writer.write(chunk)
 
 
 def push(
@@ -302,11 +313,11 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         reasons = {
-            401: 'the Hub does not accept the token in HF_TOKEN',
+            401: 'the server wants a token, or another one than HF_TOKEN has',
             403: 'the token in HF_TOKEN does not allow that',
-            429: 'the Hub has had too many requests; try again later',
+            429: 'the server has had too many requests; try again later',
         }
-        return reasons.get(status, f'the Hub answers with status {status}: {_request(error)}')
+        return reasons.get(status, f'the server answers with status {status}: {_request(error)}')
     if type(error).__module__.startswith('httpx'):
         return f'the Hub at {huggingface_hub.constants.ENDPOINT} cannot be reached: {error or type(error).__name__}'
     return ' '.join(str(error).split()) or type(error).__name__
@@ -315,6 +326,24 @@ def _explain(error: BaseException) -> str:
 def _request(error: HfHubHTTPError) -> str:
     request = getattr(error.response, 'request', None)
     return str(request.url) if request is not None else ''
+
+
+@contextlib.contextmanager
+def _redacted_logs() -> Iterator[None]:
+    """Keeps what is secret in URLs out of what the client logs of its requests and retries."""
+
+    def redact_record(record: logging.LogRecord) -> bool:
+        record.msg, record.args = redact(record.getMessage()), ()
+        return True
+
+    loggers = [logging.getLogger(name) for name in ('huggingface_hub.file_download', 'httpx', 'httpx2')]
+    for logger in loggers:
+        logger.addFilter(redact_record)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(redact_record)
 
 
 def redact(text: str) -> str:

@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from timm.models import save_for_hf
 from torch.testing import assert_close
 
@@ -88,12 +88,14 @@ def test_published(checkpoint, out):
     assert 'num_classes' not in config.get('model_args', {}) and 'license' not in config['pretrained_cfg']
 
 
-@pytest.mark.parametrize('name', [name for name in models() if name.startswith('test_')])
-@pytest.mark.parametrize('kwargs', [{}, dict(num_classes=7), dict(in_chans=1)], ids=str)
+MINIATURES = [name for name in models() if name.startswith('test_')]
+CASES = [(name, kwargs) for name in MINIATURES for kwargs in ({}, dict(num_classes=7))]
+CASES += [('test_dcnv4', dict(in_chans=1)), ('test_internimage', dict(in_chans=1))]
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), CASES, ids=str)
 def test_every_architecture(name, kwargs, tmp_path, out):
     """Its own keys, as timm's trainer leaves them, with whatever head or channels."""
-    if 'in_chans' in kwargs and not name.startswith(('test_dcnv4', 'test_internimage')):
-        pytest.skip('the stem of dynamic convolutions does not tell its channels')
     state_dict = weights(name, **kwargs)
     path = tmp_path / 'checkpoint.pth.tar'
     wrapped = {f'module.{key}': value for key, value in state_dict.items()}
@@ -103,6 +105,16 @@ def test_every_architecture(name, kwargs, tmp_path, out):
     assert all(torch.equal(value, state_dict[key]) for key, value in model.state_dict().items())
     assert check(out).num_classes == conversion.model.num_classes == kwargs.get('num_classes', 1000)
     assert "from the entry 'state_dict_ema'" in (out / 'README.md').read_text()
+
+
+def test_a_repository_of_safetensors_for_transformers(hub, out):
+    """As InternImage's publishers have one for each size: with a prefix and a configuration of their own."""
+    name, repo = 'test_internimage', 'OpenGVLab/internimage_t_1k_224'
+    state_dict = {f'model.{key}': value for key, value in published(weights(name)).items()}
+    hub.add(repo, {'model.safetensors': save(state_dict, {'format': 'pt'}), 'config.json': b'{"model_type": "other"}'})
+    convert(f'hf-hub:{repo}', name, out)
+    assert_close(logits(f'local-dir:{out}'), expected(name), rtol=0, atol=0)
+    assert_close(logits(name, pretrained_cfg_overlay=dict(hf_hub_id=repo)), expected(name), rtol=0, atol=0)
 
 
 def test_names_of_classes(checkpoint, tmp_path, out):

@@ -205,13 +205,17 @@ def test_a_known_sha256_is_held_against_the_hub(served, monkeypatch):
 
 
 def test_a_cache_without_links(served, monkeypatch):
-    """As on Windows: what the Hub says is not kept there, a sha256 from the table is checked all the same."""
+    """As on Windows: what the Hub says is asked for again, and a sha256 from the table is checked without it."""
     monkeypatch.setattr(huggingface_hub.file_download, 'are_symlinks_supported', lambda *_: False)
     path = fetch(REPO, FILE)
     assert not path.is_symlink()
-    monkeypatch.setitem(SHA256, f'{REPO}/{FILE}', hashlib.sha256(BODY).hexdigest())
     flip(path)
     assert fetch(REPO, FILE).read_bytes() == BODY
+    monkeypatch.setitem(SHA256, f'{REPO}/{FILE}', hashlib.sha256(BODY).hexdigest())
+    flip(path)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(WeightsError, match=r'cannot be fetched again: .*HF_HUB_OFFLINE'):
+        fetch(REPO, FILE)
 
 
 # The errors of a Hub, in one line
@@ -367,6 +371,17 @@ def test_url(served, impatient, tmp_path, monkeypatch):
         fetch_url(f'{address}/w-00000000.pth')
 
 
+def test_a_url_keeps_its_secrets(served, impatient, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'torch'))
+    caplog.set_level('DEBUG')
+    served.fault(FILE, cut=5)
+    fetch_url(f'{served.url}/files/{REPO}/{FILE}?token={TOKEN}')
+    with pytest.raises(WeightsError, match=r'none\.pth: the server answers with status 404') as raised:
+        fetch_url(f'{served.url}/files/{REPO}/none.pth?token={TOKEN}')
+    assert 'resume' in caplog.text
+    assert TOKEN not in caplog.text + ''.join(traceback.format_exception(raised.value))
+
+
 # Push and pull
 
 
@@ -411,7 +426,7 @@ def test_push_and_load(hub, folder, monkeypatch):
 def test_push_refuses(hub, folder, monkeypatch):
     with pytest.raises(HfHubHTTPError) as raised:
         push(folder, 'me/mine')
-    assert explain(raised.value) == 'the Hub does not accept the token in HF_TOKEN'
+    assert explain(raised.value) == 'the server wants a token, or another one than HF_TOKEN has'
     monkeypatch.setenv('HF_TOKEN', TOKEN)
     hub.tokens.add(TOKEN)
     hub.add('me/public', {})

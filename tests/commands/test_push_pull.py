@@ -103,7 +103,7 @@ def test_mistakes_get_one_line(dcnzoo, hub, trained, arguments, says):
 
 def test_push_without_a_right(dcnzoo, hub, trained, monkeypatch):
     code, _, err = dcnzoo('push', trained, '--repo', 'me/mine')
-    assert (code, err) == (1, ['dcnzoo push: the Hub does not accept the token in HF_TOKEN'])
+    assert (code, err) == (1, ['dcnzoo push: the server wants a token, or another one than HF_TOKEN has'])
     monkeypatch.setenv('HF_TOKEN', TOKEN)
     code, _, err = dcnzoo('push', trained, '--repo', 'me/mine')
     assert (code, err) == (1, ['dcnzoo push: the token in HF_TOKEN does not allow that'])
