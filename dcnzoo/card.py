@@ -32,7 +32,7 @@ CITATIONS = {
 CLASSIFIER_USAGE = """```python
 import dcnzoo, timm
 
-model = timm.create_model('{source}', pretrained=True).eval()
+model = timm.create_model('local-dir:FOLDER', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 logits = model(transform(image)[None])  # image: a PIL image
 ```
@@ -41,7 +41,7 @@ logits = model(transform(image)[None])  # image: a PIL image
 import dcnzoo
 from transformers import pipeline
 
-classify = pipeline('image-classification', model='{folder}')
+classify = pipeline('image-classification', model='FOLDER')
 ```
 """
 
@@ -50,10 +50,15 @@ BACKBONE_USAGE = """These are the weights of a backbone, without a classifier:
 ```python
 import dcnzoo, timm
 
-backbone = timm.create_model('{source}', pretrained=True)
+backbone = timm.create_model('local-dir:FOLDER', pretrained=True)
 maps = backbone(images)  # one map per stage
 ```
 """
+
+
+def card_in_repository(card: str, repo_id: str) -> str:
+    """A folder's card whose examples load from the repository instead."""
+    return card.replace('local-dir:FOLDER', f'hf-hub:{repo_id}').replace("model='FOLDER'", f"model='{repo_id}'")
 
 
 def model_card(
@@ -65,7 +70,6 @@ def model_card(
     made: str | None = None,
     origin: dict[str, str] | None = None,
     metrics: dict[str, str] | None = None,
-    repo_id: str | None = None,
 ) -> str:
     """Writes a model card.
 
@@ -77,7 +81,6 @@ def model_card(
         made: How the weights came to be.
         origin: Where they came from: facts by name.
         metrics: Figures by name, as somebody stated them.
-        repo_id: 'org/name', where it is known.
     """
     # what the package itself registered: a folder's own description of its weights need not tell the papers
     registered = timm.get_pretrained_cfg(model.pretrained_cfg['architecture']) or model.default_cfg
@@ -110,9 +113,7 @@ def model_card(
             'license': license or 'unknown',
             'description': 'Needs the package dcnzoo, which registers the architecture with timm.',
             'details': details,
-            'usage': (BACKBONE_USAGE if backbone else CLASSIFIER_USAGE).format(
-                source=f'hf-hub:{repo_id}' if repo_id else 'local-dir:FOLDER', folder=repo_id or 'FOLDER'
-            ),
+            'usage': BACKBONE_USAGE if backbone else CLASSIFIER_USAGE,
             'citation': [CITATIONS[paper] for paper in papers if paper in CITATIONS],
         },
         name,

@@ -37,6 +37,7 @@ from timm.models._pretrained import PretrainedCfg
 from torch.hub import HASH_REGEX
 
 from ._version import __version__
+from .card import card_in_repository
 from .folder import CARD, CONFIG, WEIGHTS, WeightsError, check, new_file, new_folder
 
 # sha256 of the published files, 'ORG/NAME/FILE'; None where it is not known.
@@ -278,7 +279,7 @@ def push(
         raise WeightsError(f'{repo_id} exists and is public; nothing was pushed')
     contents = {name: str(folder / name) for name in (CONFIG, WEIGHTS)}
     if (folder / CARD).is_file():
-        contents[CARD] = str(folder / CARD)
+        contents[CARD] = card_in_repository((folder / CARD).read_text(encoding='utf-8'), repo_id).encode()
     elif card is not None and not api.file_exists(repo_id, CARD):
         contents[CARD] = card.encode()
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()]

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     'ops': (set(), {'torch', 'triton'}),
     'layers': ({'ops'}, {'torch', 'torchvision'}),
     'models': ({'hub', 'layers', 'ops'}, {'timm', 'torch'}),
-    'hub': ({'_version', 'folder'}, {'huggingface_hub', 'timm', 'torch'}),
+    'hub': ({'_version', 'card', 'folder'}, {'huggingface_hub', 'timm', 'torch'}),
     'folder': (set(), {'safetensors', 'timm', 'torch'}),
     'card': ({'macs'}, {'timm', 'torch'}),
     'checkpoints': ({'folder', 'hub'}, {'huggingface_hub', 'safetensors', 'timm', 'torch'}),

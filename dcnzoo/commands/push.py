@@ -4,7 +4,7 @@ HF_TOKEN, or `hf auth login`, has the token."""
 import argparse
 from pathlib import Path
 
-from ..card import model_card
+from ..card import card_in_repository, model_card
 from ..folder import check, is_backbone, prune, read_config
 from ..hub import push
 from ._cards import add_card_arguments
@@ -30,8 +30,7 @@ def run(args: argparse.Namespace) -> int:
         license=args.license or model.pretrained_cfg.get('license'),
         made='trained by `dcnzoo.train`' if (folder / 'run.yaml').is_file() else None,
         metrics=dict(args.metric),
-        repo_id=repo_id,
     )
-    url = push(folder, repo_id, private=args.private, card=card, message=args.message)
+    url = push(folder, repo_id, private=args.private, card=card_in_repository(card, repo_id), message=args.message)
     print(f'pushed to {url}; timm loads it as hf-hub:{repo_id}')
     return 0

@@ -117,6 +117,7 @@ def test_a_backbone(dcnzoo, writable, tmp_path):
     code, out, _ = dcnzoo('convert', path, '--model', 'test_dcnv4', '--output', tmp_path / 'out', '--verify', image)
     assert code == 0 and 'feature maps of checkpoint and result differ by 0' in out
     assert dcnzoo('push', tmp_path / 'out', '--repo', 'me/backbone')[0] == 0
+    assert "'hf-hub:me/backbone'" in writable.repos['me/backbone'].files['README.md'].decode()
     assert len(timm.create_model('hf-hub:me/backbone', pretrained=True).feature_info.channels()) == 4
     code, _, err = dcnzoo('predict', image, '--model', tmp_path / 'out')
     assert (code, err) == (1, [f'dcnzoo predict: {tmp_path / "out"} has no classifier'])
