@@ -9,8 +9,9 @@
     python -m benchmarks deform_attn                       deformable attention beside that of transformers
     python -m benchmarks dynamic_conv --batch 8            DynamicConv2d beside timm's CondConv2d
     python -m benchmarks experts --data FLOWERS            ParameterNet trained with 1 and with 4 experts
+    python -m benchmarks accuracy --data FLOWERS           dcnv4_atto and networks of its size, trained
 
-`--peers` takes names of the table's rows for `op`, and any of timm's model names for `model` and `train`.
+`--peers` takes names of the table's rows for `op`, and any of timm's model names for `model`, `train` and `accuracy`.
 """
 
 import argparse
@@ -19,14 +20,15 @@ from pathlib import Path
 
 import torch
 
-from . import dcnv3, deform_attn, dynamic_conv, experts, model, op, report
+from . import accuracy, dcnv3, deform_attn, dynamic_conv, experts, model, op, report
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog='python -m benchmarks', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('table', choices=['op', 'model', 'train', 'dcnv3', 'deform_attn', 'dynamic_conv', 'experts'])
+    tables = ['op', 'model', 'train', 'dcnv3', 'deform_attn', 'dynamic_conv', 'experts', 'accuracy']
+    parser.add_argument('table', choices=tables)
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
     parser.add_argument('--peers', nargs='+', metavar='NAME', help='what to measure beside dcnzoo')
     parser.add_argument(
@@ -41,13 +43,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=7, metavar='N', help='turns of each peer (default 7)')
     parser.add_argument('--seconds', type=float, default=0.2, metavar='S', help='length of a turn (default 0.2)')
     parser.add_argument('--layouts', nargs='+', default=list(dynamic_conv.LAYOUTS), choices=dynamic_conv.LAYOUTS)
-    training = parser.add_argument_group('experts')
+    training = parser.add_argument_group('experts and accuracy')
     training.add_argument('--data', metavar='DIR', help='image folder with train/ and val/')
     training.add_argument('--experts', nargs='+', type=int, default=[1, 4], metavar='N')
     training.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2], metavar='N')
     training.add_argument('--epochs', type=int, metavar='N', help="the configuration's if not given")
     training.add_argument('--jobs', type=int, default=1, metavar='N', help='runs at a time (default 1)')
-    training.add_argument('--runs', type=Path, default=Path('runs/experts'), metavar='DIR', help='folder of the runs')
+    training.add_argument('--runs', type=Path, default=Path('runs/benchmark'), metavar='DIR', help='folder of the runs')
     parser.add_argument('--output', type=Path, default=report.RESULTS, metavar='DIR')
     parser.add_argument('--name', help="the result files' name without suffix")
     options = parser.parse_args()
@@ -56,8 +58,8 @@ def parse() -> argparse.Namespace:
             parser.error(f'--{name} must be at least 1, got {number}')
     if options.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda: this machine has no GPU that torch can use')
-    if options.table == 'experts' and not options.data:
-        parser.error('experts needs --data DIR')
+    if options.table in ('experts', 'accuracy') and not options.data:
+        parser.error(f'{options.table} needs --data DIR')
     if options.table == 'op' and options.device == 'cpu' and (unknown := set(options.peers or ()) - set(op.NAMES)):
         parser.error(f'--peers: no such peer as {", ".join(sorted(unknown))}; there are {", ".join(op.NAMES)}')
     return options
@@ -83,6 +85,8 @@ def main() -> int:
         dynamic_conv.run(options)
     elif options.table == 'experts':
         experts.run(options)
+    elif options.table == 'accuracy':
+        accuracy.run(options)
     else:
         options.batch = options.batch or (64 if options.device == 'cuda' else 8)
         options.threads = options.threads or [torch.get_num_threads()]

@@ -4,16 +4,11 @@ The networks do the same convolutions; only the choice of their kernels differs.
 time as asked for, since none fills a GPU.
 """
 
-import csv
-import json
-import statistics
-import subprocess
-import sys
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from . import report
+from .trainings import every, spread, train
 
 CONFIG = 'parameternet_flowers'
 
@@ -32,25 +27,9 @@ class Result:
     train_seconds: float
 
 
-def train(experts: int, seed: int, options: Namespace) -> Result:
-    """Runs the trainer, with its messages in a file beside its output."""
-    folder = options.runs / f'experts{experts}_seed{seed}'
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    arguments = [
-        *('--config', CONFIG, '--data.root', options.data, '--run.output', folder, '--run.overwrite', 'true'),
-        *('--run.seed', seed, '--model.kwargs.num_experts', experts, '--run.trackers', '[]'),
-        *(['--schedule.epochs', options.epochs] if options.epochs else []),
-        *(['--run.cpu', 'true'] if options.device == 'cpu' else []),
-    ]
-    log = folder.with_suffix('.log')
-    with log.open('w') as file:
-        command = [sys.executable, '-m', 'dcnzoo.train', *map(str, arguments)]
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-    if status != 0:
-        raise SystemExit(f'training with {experts} experts and seed {seed} failed, see {log}')
-    summary = json.loads((folder / 'summary.json').read_text())
-    with (folder / 'metrics.csv').open() as file:
-        *_, last = csv.DictReader(file)
+def measure(experts: int, seed: int, options: Namespace) -> Result:
+    arguments = ['--model.kwargs.num_experts', experts]
+    summary, last = train(CONFIG, f'experts{experts}', seed, arguments, options)
     return Result(
         experts,
         seed,
@@ -64,9 +43,7 @@ def train(experts: int, seed: int, options: Namespace) -> Result:
 
 
 def run(options: Namespace) -> None:
-    jobs = [(experts, seed) for seed in options.seeds for experts in options.experts]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        results = sorted(pool.map(lambda job: train(*job, options), jobs), key=lambda result: result.experts)
+    results = every(options.experts, options, lambda experts, seed: measure(experts, seed, options))
     rows = []
     for experts in options.experts:
         chosen = [result for result in results if result.experts == experts]
@@ -85,8 +62,3 @@ def run(options: Namespace) -> None:
     report.table(f'{CONFIG}, {len(options.seeds)} seeds, mean and standard deviation', columns, rows)
     settings = {'config': CONFIG, 'seeds': options.seeds, 'experts': options.experts, 'epochs': options.epochs}
     report.save(options.name or 'experts', options.device, settings, results, options.output)
-
-
-def spread(numbers: list[float]) -> str:
-    deviation = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
-    return f'{statistics.mean(numbers):.2f} +- {deviation:.2f}'

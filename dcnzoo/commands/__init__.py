@@ -25,6 +25,8 @@ _SUBCOMMANDS = {
     'convert': 'make a folder of safetensors, configuration and model card from a checkpoint',
     'push': 'push the folder of a model to the Hugging Face Hub',
     'pull': 'fetch and verify a model from the Hugging Face Hub',
+    'shards': 'write an image folder as webdataset shards, to train on many images',
+    'average': 'average the weights of checkpoints',
     'digits': "write scikit-learn's handwritten digits as an image folder, to try things on",
 }
 

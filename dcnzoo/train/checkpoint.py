@@ -5,30 +5,45 @@ runs/NAME/
   best/  last/     model.safetensors and config.json, from which timm.create_model('local-dir:runs/NAME/best',
                    pretrained=True) makes the model, and run.yaml; where EMA is on, these are the averaged weights,
                    and a folder raw/ holds those without it in the same form
-  checkpoints/     epoch_0003_batch_00000123/: what accelerate needs to continue, the average, and loop.State
-  metrics.csv  curves.png  tensorboard/  unreadable.txt  summary.json
+  checkpoints/     epoch_0003_batch_00000123/: what accelerate needs to continue, the average, the run's State in
+                   trainer.json, and manifest.json with the size and SHA-256 of each of these files
+  metrics.csv      one row per epoch; health.csv: measurements of the deformable layers; tensorboard/
+  unreadable.txt   images that were skipped; nonfinite.txt: batches that were
+  report.html  curves.png  summary.json
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 
 from .config import Config
 from .errors import TrainError
 
 FOLDERS = ('best', 'last', 'checkpoints', 'tensorboard')
-FILES = ('run.yaml', 'metrics.csv', 'curves.png', 'unreadable.txt', 'summary.json')
+FILES = (
+    'run.yaml',
+    'metrics.csv',
+    'health.csv',
+    'unreadable.txt',
+    'nonfinite.txt',
+    'curves.png',
+    'report.html',
+    'summary.json',
+)
+MANIFEST = 'manifest.json'
 
 
 @contextmanager
@@ -42,14 +57,25 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield draft
-        with open(draft, 'rb') as file:
-            os.fsync(file.fileno())
+        _to_disk(draft)
         os.replace(draft, path)
+        _to_disk(path.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, 'strerror', None) or error
         raise TrainError(f'cannot write {path}: {reason}; what was there is untouched', local=True) from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, would survive a loss of power."""
+    if os.name == 'nt' and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -63,11 +89,10 @@ def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=2) + '\n')
 
 
-def save_weights(path: Path, model: nn.Module) -> None:
-    """Writes a module's weights as safetensors, or leaves the old file."""
+def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    """Writes a module's state_dict as safetensors, or leaves the old file."""
     with atomic(path) as draft:
-        weights = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
-        save_file(weights, draft, metadata={'format': 'pt'})
+        save_file({key: value.contiguous().cpu() for key, value in weights.items()}, draft, metadata={'format': 'pt'})
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -104,34 +129,76 @@ def begin_output(config: Config) -> None:
             shutil.rmtree(output / name, ignore_errors=True)
         for name in FILES:
             (output / name).unlink(missing_ok=True)
+    for draft in output.rglob('.*.draft'):  # of a run that was killed while it wrote
+        shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
     write_text(output / 'run.yaml', config.to_yaml())
 
 
-def find_checkpoint(config: Config) -> Path | None:
-    """The checkpoint that the run starts from: what --resume names, or the newest in the folder it names.
+def find_checkpoints(config: Config) -> list[Path]:
+    """The checkpoints that the run may start from: what --resume names, or all in the folder it names.
 
     Returns:
-        The folder of the checkpoint, or None if there is nothing to resume (only `auto` allows that).
+        Folders, newest first; none if there is nothing to resume (only `auto` allows that).
 
     Raises:
         TrainError: if --resume names something that holds no checkpoint.
     """
     if config.resume is None:
-        return None
+        return []
     named = Path(config.run.output) if config.resume == 'auto' else Path(config.resume)
     for folder in (named, named.parent):  # a run's best/ or last/ stands for the run
-        checkpoints = list_checkpoints(folder)
-        if checkpoints:
-            return checkpoints[-1]
+        if checkpoints := list_checkpoints(folder):
+            return checkpoints[::-1]
     if (named / 'trainer.json').is_file():
-        return named
+        return [named]
     if config.resume == 'auto':
-        return None
+        return []
     raise TrainError(f'--resume: {named} ' + ('holds no resumable checkpoint' if named.exists() else 'does not exist'))
 
 
+def choose_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
+    """The newest undamaged one of `find_checkpoints`, and a complaint about each newer one.
+
+    Raises:
+        TrainError: if all of them are damaged, or --resume names nothing that can be resumed.
+    """
+    complaints = []
+    for folder in find_checkpoints(config):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder, complaints
+        complaints.append(f'the checkpoint {folder} is damaged: {damage}')
+    if complaints:
+        raise TrainError(f'--resume: {"; ".join(complaints)}; there is none before')
+    return None, []
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, if anything is: their sizes and sums are in its manifest."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding='utf-8'))
+        for name, (size, digest) in manifest.items():
+            if (folder / name).stat().st_size != size:
+                return f'{name} should have {size} bytes, but has {(folder / name).stat().st_size}'
+            if _sha256(folder / name) != digest:
+                return f'{name} does not match its SHA-256'
+    except FileNotFoundError as error:
+        return f'{Path(error.filename).name} is missing'
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f'{MANIFEST} cannot be read: {error}'
+    return None if 'trainer.json' in manifest else f'{MANIFEST} is incomplete'
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def list_checkpoints(output: Path) -> list[Path]:
-    """The complete checkpoints in a run's folder, oldest first."""
+    """The checkpoints in a run's folder, oldest first."""
     folders = (output / 'checkpoints').glob('epoch_*')
     return sorted(path for path in folders if re.fullmatch(r'epoch_\d+_batch_\d+', path.name))
 
@@ -163,50 +230,81 @@ class Checkpoints:
         }
 
     def publish(self, name: str, model: nn.Module) -> None:
-        """Writes best/ or last/: weights, config.json and run.yaml. On the main process only."""
+        """Writes best/ or last/: weights, config.json and run.yaml. Called by every process, as weights may be shared.
+
+        Args:
+            name: of the folder.
+            model: as prepared; where there is an average, that is the model, and this one goes to raw/.
+        """
+        raw = self.accelerator.get_state_dict(model)
+        if not self.accelerator.is_main_process:
+            return
         folder = self.output / name
         # one file of weights per folder: older versions of timm do not choose between several
-        places = {folder: model} if self.ema is None else {folder: self.ema, folder / 'raw': model}
+        places = {folder: raw} if self.ema is None else {folder: self.ema.state_dict(), folder / 'raw': raw}
         for place, weights in places.items():
             save_weights(place / 'model.safetensors', weights)
             write_json(place / 'config.json', self.model_config)
         write_text(folder / 'run.yaml', self.config.to_yaml())
 
-    def save(self, state: dict) -> Path:
+    def save(self, state: dict, proven: Path | None = None) -> Path:
         """Writes a resumable checkpoint and removes those that are too old; called by every process.
 
         Args:
             state: JSON content that `load` gives back; its epoch and batch name the checkpoint.
+            proven: a checkpoint to keep, however old.
 
         Raises:
-            TrainError: if it cannot be written; the checkpoints before it are untouched.
+            TrainError: on every process, if one of them cannot write; the checkpoints before are untouched.
         """
         target = self.output / 'checkpoints' / f'epoch_{state["epoch"]:04d}_batch_{state["batch"]:08d}'
         if target.exists():
             return target
         draft = target.with_name(f'.{target.name}.draft')
+        main = self.accelerator.is_main_process
+        self._agree(target, lambda: main and self._begin(draft))
+        self._agree(target, lambda: self._write(draft, state))
+        self._agree(target, lambda: main and self._finish(draft, target, proven))
+        return target
+
+    def _agree(self, target: Path, write: Callable[[], object]) -> None:
+        """Does one part of the writing and waits for the others' parts; if one fails, all raise."""
+        failure = None
         try:
-            if self.accelerator.is_main_process:
-                shutil.rmtree(draft, ignore_errors=True)
-                draft.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
-            self.accelerator.save_state(str(draft))
-            if self.accelerator.is_main_process:
-                if self.ema is not None:
-                    save_weights(draft / 'ema.safetensors', self.ema)
-                write_json(draft / 'trainer.json', {'identity': self.identity, 'state': state})
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                os.replace(draft, target)
-                for old in list_checkpoints(self.output)[: -self.config.run.keep]:
-                    shutil.rmtree(old)
+            write()
         except (OSError, RuntimeError, SafetensorError, TrainError) as error:
-            shutil.rmtree(draft, ignore_errors=True)
+            failure = ' '.join(str(error).split())
+        failures = [each for each in gather_object([failure]) if each]
+        if failures:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(target.with_name(f'.{target.name}.draft'), ignore_errors=True)
             kept = list_checkpoints(self.output)
             advice = f'continue from {kept[-1]} with --resume auto' if kept else 'there is no checkpoint before it'
-            raise TrainError(f'cannot write the checkpoint {target}: {error}; {advice}', local=True) from error
-        self.accelerator.wait_for_everyone()
-        return target
+            raise TrainError(f'cannot write the checkpoint {target}: {failures[0]}; {advice}')
+
+    def _begin(self, draft: Path) -> None:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+
+    def _write(self, draft: Path, state: dict) -> None:
+        self.accelerator.save_state(str(draft))
+        if self.accelerator.is_main_process:
+            if self.ema is not None:
+                save_weights(draft / 'ema.safetensors', self.ema.state_dict())
+            write_json(draft / 'trainer.json', {'identity': self.identity, 'state': state})
+
+    def _finish(self, draft: Path, target: Path, proven: Path | None) -> None:
+        """Only now that all is on the disk does the checkpoint get its name, and only then do older ones go."""
+        files = sorted(path for path in draft.rglob('*') if path.is_file())
+        for path in files:
+            _to_disk(path)
+        sums = {path.relative_to(draft).as_posix(): (path.stat().st_size, _sha256(path)) for path in files}
+        write_json(draft / MANIFEST, sums)
+        os.replace(draft, target)
+        _to_disk(target.parent)
+        for old in list_checkpoints(self.output)[: -self.config.run.keep]:
+            if old != proven:
+                shutil.rmtree(old)
 
     def load(self, folder: Path) -> dict:
         """Restores what `save` wrote and returns its `state`; called by every process.
@@ -232,6 +330,7 @@ class Checkpoints:
         if self.accelerator.is_main_process and folder.parent == self.output / 'checkpoints':
             for later in (path for path in list_checkpoints(self.output) if path.name > folder.name):
                 shutil.rmtree(later)  # the run branches off here
+        self.accelerator.wait_for_everyone()
         return state
 
 

@@ -1,27 +1,17 @@
-"""Every setting of a run: dataclasses filled from a YAML file and from the command line by jsonargparse.
+"""Every setting of a run, in dataclasses; what no run could mean raises `TrainError` with one line.
 
-A key of the YAML is an option of the command line: `optim: {lr: 1e-3}` and `--optim.lr 1e-3` are the same, and the last
-one given wins. What no run could mean (unknown keys, wrong types, contradictions) raises `TrainError` with one line.
+A docstring below a setting is its line in `--help`.
 """
 
-import contextlib
-import difflib
-import io
-import re
-import sys
-from argparse import ArgumentError
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import jsonargparse
 import yaml
 
-from .errors import TrainError, nearest
+from .errors import TrainError
 
-USAGE = 'accelerate launch train --config NAME|FILE [--GROUP.SETTING VALUE ...] [--resume auto|RUN]'
-DESCRIPTION = 'Trains an image classification model of timm, those of dcnzoo included.'
+MODES = ('resume', 'dry_run', 'eval')  # of one start, not of a run
 
 
 @dataclass
@@ -50,6 +40,14 @@ class ModelConfig:
     """keep images and convolution weights in NHWC memory order"""
     compile: bool = False
     """compile the model with torch.compile"""
+    sync_bn: bool = False
+    """take the statistics of batch norms over all processes; on GPUs"""
+    head_only: bool = False
+    """train the classifier alone, on a network that stays as it is"""
+    freeze: list[str] = field(default_factory=list)
+    """modules that stay as they are, such as [stem, stages.0, "stages.1.*"]; the rest is trained"""
+    freeze_bn: bool = False
+    """keep weights and statistics of all batch norms as they are"""
 
 
 @dataclass
@@ -74,6 +72,8 @@ class DataConfig:
     """validation images per step and process; as for training if not given"""
     workers: int = 4
     """processes that load images, per training process; 0 loads in the training process itself"""
+    prefetch: int = 2
+    """batches that each of these processes prepares ahead"""
     mean: tuple[float, ...] | None = None
     """mean of the pixels per channel, of 1; the model's own if not given"""
     std: tuple[float, ...] | None = None
@@ -82,10 +82,18 @@ class DataConfig:
     """resampling at validation: bilinear, bicubic, ...; the model's own if not given"""
     crop_pct: float | None = None
     """share of the resized image's side that validation crops; the model's own if not given"""
+    crop_mode: Literal['center', 'squash', 'border'] | None = None
+    """what validation crops: the centre, the whole squeezed to the shape, or the whole with borders"""
     download: bool = False
     """download the data set where timm can"""
     max_unreadable: int = 20
-    """skip and name up to this many images that cannot be read, per process; one more stops the run"""
+    """skip and name up to this many images that cannot be read; one more stops the run"""
+    target_key: str | None = None
+    """field of the label in hfds/, hfids/ and wds/; of several binary labels all their names, with commas"""
+    multi_label: bool = False
+    """an image has any number of labels: independent binary classes, judged by mean average precision"""
+    real_labels: str | None = None
+    """for --eval on ImageNet: JSON of the reassessed labels, or `imagenet` for those that timm brings"""
 
 
 @dataclass
@@ -124,6 +132,10 @@ class AugmentConfig:
     """draw the mix per batch, per pair or per image"""
     mix_off_epoch: int | None = None
     """train without mixup and cutmix from this epoch on, the first being 0"""
+    splits: int = 0
+    """if more than 1, an image comes clean and in this many less one augmented versions; for loss.name jsd"""
+    repeats: int = 1
+    """augmented versions of an image in a row; an epoch keeps its length, so that it sees fewer images"""
     label_smoothing: float = 0.1
     """share of the label spread over all classes"""
 
@@ -148,6 +160,8 @@ class OptimConfig:
     """epsilon; the optimizer's own if not given"""
     layer_decay: float | None = None
     """factor on the learning rate per layer from the classifier down"""
+    groups: dict[str, dict[str, float]] = field(default_factory=dict)
+    """parameters of their own by pattern: {"*.dcn.*": {lr_scale: 0.1, weight_decay: 0.0}}; the last match counts"""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """further arguments of the optimizer"""
     clip_grad: float | None = None
@@ -156,6 +170,34 @@ class OptimConfig:
     """clip the global norm, each value, or each weight's gradient against the weight (adaptive)"""
     accumulate: int = 1
     """batches whose gradients are averaged into one update"""
+
+
+@dataclass
+class LossConfig:
+    """What is minimized."""
+
+    name: Literal['ce', 'bce', 'asl', 'poly', 'jsd', 'twoway', 'zlpr'] | None = None
+    """loss of timm; cross-entropy, or its binary form where there are several labels, if not given"""
+    class_weight: Literal['inv_freq', 'effective_num', 'neg_pos'] | None = None
+    """weigh classes by their number of training images; neg_pos weighs their positives, for bce and asl"""
+    class_weights: list[float] | None = None
+    """the same with given weights, one per class"""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """further arguments of timm's create_classification_loss, such as {bce_target_thresh: 0.2}"""
+
+
+@dataclass
+class DistillConfig:
+    """A teacher whose answers the model learns too."""
+
+    teacher: str | None = None
+    """model of timm with weights for the same classes, or hf-hub:ORG/NAME or local-dir:DIR; none if not given"""
+    checkpoint: str | None = None
+    """weights file of the teacher, if not its published ones"""
+    weight: float = 0.5
+    """share of the teacher's answers in the loss; the labels have the rest"""
+    temperature: float = 1.0
+    """by which both answers are softened"""
 
 
 @dataclass
@@ -180,6 +222,10 @@ class ScheduleConfig:
     """factor of a drop, or the power of poly"""
     patience_epochs: int = 10
     """epochs without a better top-1 before plateau drops"""
+    cooldown_epochs: int = 0
+    """epochs at min_lr at the end, part of epochs"""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """further arguments of timm's create_scheduler_v2, such as {cycle_limit: 3}"""
 
 
 @dataclass
@@ -190,6 +236,22 @@ class EmaConfig:
     """share of the old average kept per update, such as 0.9999; 0 is off"""
     warmup: bool = True
     """let the decay grow with the number of updates, so that short runs forget their first weights"""
+
+
+@dataclass
+class HealthConfig:
+    """What happens when numbers are no longer finite, and what is watched in deformable layers."""
+
+    skip: int = 5
+    """updates in a row that are left out because their loss or gradients are not finite, before it is acted upon"""
+    then: Literal['rollback', 'stop'] = 'rollback'
+    """go back to the checkpoint before, or stop"""
+    rollbacks: int = 3
+    """times that a run goes back at most; then it stops"""
+    rollback_lr: float = 0.5
+    """factor on the learning rate each time"""
+    every: int = 100
+    """updates between two measurements of offsets and modulation in the deformable layers; 0 is off"""
 
 
 @dataclass
@@ -209,15 +271,19 @@ class RunConfig:
     processes: int | None = None
     """refuse to start unless this many processes take part"""
     log_every: int = 10
-    """updates between two lines of the trackers and two checks of the loss"""
+    """updates between two lines of the trackers"""
     val_every: int = 1
     """epochs between two validations; the last epoch always has one"""
     checkpoint_every: int = 0
     """updates between two checkpoints, besides the one after every epoch; 0 is off"""
+    checkpoint_minutes: float = 0.0
+    """minutes between two checkpoints, likewise; 0 is off"""
     keep: int = 2
     """resumable checkpoints kept"""
     trackers: list[str] = field(default_factory=lambda: ['tensorboard'])
     """trackers of accelerate beside the CSV: tensorboard, wandb, trackio, mlflow, ..."""
+    deterministic: bool = False
+    """use deterministic algorithms only, on GPUs too: slower, and an error where there is none"""
 
 
 @dataclass
@@ -226,153 +292,25 @@ class Config:
 
     resume: str | None = None
     """auto: continue the run in the output folder, if there is one; or a run's folder or checkpoint"""
+    dry_run: bool = False
+    """say what would be trained, for how many steps and in how much memory, and check it, without training"""
+    eval: bool = False
+    """validate only: the weights of the run that --resume names, or those of the model"""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def to_yaml(self) -> str:
-        """The configuration as YAML that `--config` reads back; where it was resumed from is no part of it."""
-        content = {name: group for name, group in asdict(self).items() if name != 'resume'}
+        """The configuration as YAML that `--config` reads back, without what was asked of this one start."""
+        content = {name: group for name, group in asdict(self).items() if name not in MODES}
         return yaml.safe_dump(_plain(content), sort_keys=False, width=120)
-
-
-def parse(argv: Sequence[str] | None = None) -> Config:
-    """Reads the command line and the YAML files it names.
-
-    Args:
-        argv: arguments; those of the process if not given.
-
-    Raises:
-        TrainError: on anything that is unknown, unreadable, of a wrong type or contradictory.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    argv, configs = _locate_configs(argv)
-    for config in configs:
-        _check_keys(_yaml_keys(config), f'in {config}')
-    _check_keys((arg[2:].split('=')[0] for arg in argv if arg.startswith('--')), 'on the command line', dashes='--')
-
-    parser = _build_parser()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            parsed = parser.instantiate(parser.parse_args(argv))
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise TrainError(f'{_plain_message(str(error))} (--help lists all settings)', usage=True) from None
-    config = Config(**{entry.name: getattr(parsed, entry.name) for entry in fields(Config)})
-    if config.run.output is None:
-        config.run.output = str(Path('runs') / (configs[-1].stem if configs else config.model.name.split(':')[-1]))
-    _check(config)
-    return config
-
-
-def _build_parser() -> jsonargparse.ArgumentParser:
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog='train', usage=USAGE, description=DESCRIPTION, exit_on_error=False)
-    parser.add_argument('--config', action='config', help='YAML file, or the name of one in configs/')
-    resume = "'auto': continue the run in the output folder, if there is one; or a run's folder or checkpoint"
-    parser.add_argument('--resume', type=str | None, default=None, help=resume)
-    for entry in fields(Config):
-        if is_dataclass(entry.type):
-            parser.add_argument(f'--{entry.name}', type=entry.type, default=entry.type())
-    return parser
-
-
-def _locate_configs(argv: list[str]) -> tuple[list[str], list[Path]]:
-    """Replaces names given to --config by paths; a run to resume brings its configuration, unless one is given."""
-    located, configs = [], []
-    arguments = iter(argv)
-    for arg in arguments:
-        option, equals, value = arg.partition('=')
-        if option != '--config':
-            located.append(arg)
-            continue
-        if not equals:
-            value = next(arguments, None)
-            if value is None:
-                raise TrainError('--config needs a YAML file, or the name of one in configs/', usage=True)
-        configs.append(find_config(value))
-        located += ['--config', str(configs[-1])]
-    if not configs and (stored := _stored_config(argv)):
-        configs, located = [stored], ['--config', str(stored), *located]
-    return located, configs
-
-
-def _stored_config(argv: list[str]) -> Path | None:
-    """run.yaml of the run that --resume names by its folder."""
-    pairs = zip(argv, [*argv[1:], ''], strict=True)
-    for value in (arg.partition('=')[2] or following for arg, following in pairs if arg.split('=')[0] == '--resume'):
-        for folder in (Path(value), *Path(value).parents[:2]):
-            if (folder / 'run.yaml').is_file():
-                return folder / 'run.yaml'
-    return None
-
-
-def find_config(name: str) -> Path:
-    """The YAML file at the path `name`, or called so in configs/ of the working directory or of the clone."""
-    folders = [Path('configs'), Path(__file__).parents[2] / 'configs']
-    for path in (Path(name), *(folder / name for folder in folders)):
-        for candidate in (path, path.with_name(f'{path.name}.yaml')):
-            if candidate.is_file():
-                return candidate
-    known = sorted({path.stem for folder in folders for path in folder.glob('*.yaml')})
-    listing = f'; configs/ has {", ".join(known)}' if known else ''
-    raise TrainError(f'no configuration {name!r}: no such file{nearest(Path(name).stem, known)}{listing}', usage=True)
-
-
-def _yaml_keys(path: Path) -> Iterator[str]:
-    """Dotted names of all keys in a YAML file."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise TrainError(f'cannot read {path} as YAML: {error}', usage=True) from None
-    if not isinstance(content, dict):
-        raise TrainError(f'{path} should map settings to values, but holds {type(content).__name__}', usage=True)
-    for group, values in content.items():
-        yield str(group)
-        if isinstance(values, dict):
-            yield from (f'{group}.{key}' for key in values)
-        elif group != 'resume':
-            raise TrainError(f'{group} in {path} should map settings to values, but is {values!r}', usage=True)
-
-
-def _known_keys() -> set[str]:
-    groups = {entry.name: entry.type for entry in fields(Config)}
-    settings = {name: fields(group) for name, group in groups.items() if is_dataclass(group)}
-    nested = {f'{name}.{entry.name}' for name, entries in settings.items() for entry in entries}
-    return {'config', 'help', 'print_config', *groups, *nested}
-
-
-def _check_keys(keys: Iterable[str], where: str, dashes: str = '') -> None:
-    known = _known_keys()
-    for key in keys:
-        if key.removesuffix('+') not in known and not key.startswith(('model.kwargs.', 'optim.kwargs.')):
-            hint = _nearest_key(key, known)
-            raise TrainError(f'unknown setting {dashes}{key} {where}{hint}', usage=True)
-
-
-def _nearest_key(key: str, known: set[str]) -> str:
-    """A hint at the setting of the nearest name; of those called the same, the one in the nearest group."""
-    group, _, name = key.rpartition('.')
-    names = difflib.get_close_matches(name, {entry.rpartition('.')[2] for entry in known}, n=1)
-    namesakes = [entry for entry in known if entry.rpartition('.')[2] in names]
-    if not namesakes:
-        return nearest(key, known)
-    likeness = {entry: difflib.SequenceMatcher(None, group, entry.rpartition('.')[0]).ratio() for entry in namesakes}
-    return f' (did you mean {max(sorted(namesakes), key=likeness.get)!r}?)'
-
-
-def _plain_message(message: str) -> str:
-    """jsonargparse's message as one line, such as `optim.lr should be float, got abc`."""
-    complaint = re.search(r'Parser key "(\w+)\.(\w+)".*(?:Given|Got) value: (.*)', message, flags=re.DOTALL)
-    if complaint is None:
-        return message.rstrip('.')
-    group, name, value = complaint.groups()
-    kind = next((entry.type for entry in fields(Config.__dataclass_fields__[group].type) if entry.name == name), None)
-    expected = kind.__name__ if isinstance(kind, type) else str(kind).replace('typing.', '')
-    return f'{group}.{name} should be {expected}, got {value}'
 
 
 def _plain(value: Any) -> Any:
@@ -386,7 +324,7 @@ def _shorter(size: int | tuple[int, int] | None) -> int | None:
     return min(size) if isinstance(size, tuple) else size
 
 
-def _check(config: Config) -> None:
+def check(config: Config) -> None:
     """Raises on values that no run could mean."""
     model, data, augment, optim, schedule = config.model, config.data, config.augment, config.optim, config.schedule
     probabilities = {
@@ -397,6 +335,8 @@ def _check(config: Config) -> None:
             for name in ('hflip', 'vflip', 'random_erasing', 'mix_prob', 'mix_switch_prob', 'label_smoothing')
         },
         'ema.decay': config.ema.decay,
+        'distill.weight': config.distill.weight,
+        'health.rollback_lr': config.health.rollback_lr,
     }
     at_least = {
         'model.num_classes': (model.num_classes, 1),
@@ -405,18 +345,26 @@ def _check(config: Config) -> None:
         'data.batch_size': (data.batch_size, 1),
         'data.val_batch_size': (data.val_batch_size, 1),
         'data.workers': (data.workers, 0),
+        'data.prefetch': (data.prefetch, 1),
         'data.max_unreadable': (data.max_unreadable, 0),
         'augment.mixup': (augment.mixup, 0),
         'augment.cutmix': (augment.cutmix, 0),
+        'augment.splits': (augment.splits, 0),
+        'augment.repeats': (augment.repeats, 1),
         'optim.lr': (optim.lr, 0),
         'optim.lr_base_batch': (optim.lr_base_batch, 0),
         'optim.accumulate': (optim.accumulate, 1),
         'schedule.epochs': (schedule.epochs, 1),
         'schedule.warmup_epochs': (schedule.warmup_epochs, 0),
+        'schedule.cooldown_epochs': (schedule.cooldown_epochs, 0),
+        'health.skip': (config.health.skip, 0),
+        'health.rollbacks': (config.health.rollbacks, 0),
+        'health.every': (config.health.every, 0),
         'run.seed': (config.run.seed, 0),
         'run.log_every': (config.run.log_every, 1),
         'run.val_every': (config.run.val_every, 1),
         'run.checkpoint_every': (config.run.checkpoint_every, 0),
+        'run.checkpoint_minutes': (config.run.checkpoint_minutes, 0),
         'run.keep': (config.run.keep, 1),
     }
     for name, value in probabilities.items():
@@ -431,7 +379,14 @@ def _check(config: Config) -> None:
             raise TrainError(f'augment.{name} should be two positive numbers in order, got {low}, {high}', usage=True)
     if model.in_chans not in (1, 3):
         raise TrainError(f'model.in_chans should be 1 or 3, got {model.in_chans}', usage=True)
-    if (augment.mixup or augment.cutmix) and data.batch_size % 2:
+    mixed = bool(augment.mixup or augment.cutmix)
+    if augment.splits > 1 and (mixed or data.multi_label or augment.repeats > 1):
+        raise TrainError('augment.splits does not go with mixup, cutmix, repeats or data.multi_label', usage=True)
+    if (config.loss.name == 'jsd') != (augment.splits > 1):
+        raise TrainError('loss.name jsd and augment.splits > 1 need each other', usage=True)
+    if config.loss.class_weight and config.loss.class_weights:
+        raise TrainError('give loss.class_weight or loss.class_weights, not both', usage=True)
+    if mixed and data.batch_size % 2:
         raise TrainError(f'data.batch_size should be even, as mixup pairs images, got {data.batch_size}', usage=True)
     if schedule.warmup_epochs >= schedule.epochs and schedule.name != 'none':
         raise TrainError(

@@ -1,22 +1,14 @@
-"""The images: data sets by timm's names, checked before training; loaders; what happens to a batch on the device.
+"""The images: data sets by timm's names, checked before training; loaders; what happens to a batch on the device."""
 
-Every random choice is a function of the seed and of a position (epoch, image, batch), never of what was drawn before: a
-resumed run sees the same images with the same augmentation, and so does another number of workers.
-"""
-
-import random
 import signal
-import struct
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data import create_dataset, create_transform
+from timm.data import ImageDataset, create_dataset, create_transform
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -24,19 +16,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .config import AugmentConfig, Config, DataConfig
 from .errors import TrainError, nearest
+from .samples import RepeatedSampler, Samples, StreamedSamples, collate
+from .shards import INFO, ShardReader
 
 READERS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 VAL_SYNONYMS = ('val', 'valid', 'validation', 'eval', 'test')
-# what PIL and its decoders raise on files that are damaged, cut short, or no images
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-
-
-def seed_all(*entropy: int) -> None:
-    """Seeds Python, NumPy and PyTorch from any number of integers >= 0."""
-    words = np.random.SeedSequence(entropy).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    torch.manual_seed(int(words[2]))
 
 
 @dataclass
@@ -58,8 +42,17 @@ def open_splits(data: DataConfig, in_chans: int = 3, seed: int = 0) -> Splits:
     mode = 'L' if in_chans == 1 else 'RGB'
     if prefix:
         common = {'root': data.root, 'download': data.download, 'batch_size': data.batch_size, 'seed': seed}
+        if data.target_key:
+            common['target_key'] = data.target_key
         train = _create(data.dataset, split=data.train_split, is_training=True, input_img_mode=mode, **common)
         val = _create(data.dataset, split=data.val_split, is_training=False, input_img_mode=mode, **common)
+        return Splits(train, val, _class_names(train))
+
+    if (Path(data.root).expanduser() / INFO).is_file():
+        train, val = (
+            ImageDataset(data.root, reader=ShardReader(data.root, split), input_img_mode=mode)
+            for split in (data.train_split, data.val_split)
+        )
         return Splits(train, val, _class_names(train))
 
     folders = [_locate_split(data.root, data.train_split, ()), _locate_split(data.root, data.val_split, VAL_SYNONYMS)]
@@ -141,82 +134,23 @@ def _class_names(dataset: Dataset) -> list[str] | None:
     return [str(name) for name in classes] if classes else None
 
 
-class Samples(Dataset):
-    """Decoded and augmented images of a data set with random access.
+def class_counts(dataset: Dataset, num_classes: int) -> list[int]:
+    """Images per class, from the labels alone.
 
-    An item is (uint8 image, class index, complaints). There is a complaint for each image that could not be read, with
-    the file's name and the reason. In training the next readable image then takes its place, so that an epoch keeps its
-    length; in validation the class index is -1, so that it does not count.
-
-    Args:
-        dataset: a data set of timm or torchvision.
-        transform: from a PIL image to a uint8 tensor.
-        shape: channels, height and width of that tensor.
-        seed: of the augmentation.
-        attempts: images tried in the place of one.
+    Raises:
+        TrainError: if the data set does not tell them without reading its images.
     """
-
-    def __init__(self, dataset: Dataset, transform: Callable, shape: tuple[int, ...], seed: int, attempts: int = 1):
-        self.dataset = dataset
-        self.transform = transform
-        self.shape = shape
-        self.seed = seed
-        self.attempts = attempts
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that outlive the epoch
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch.fill_(epoch)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, list[str]]:
-        seed_all(self.seed, int(self.epoch), index)
-        complaints = []
-        for candidate in range(index, index + self.attempts):
-            candidate %= len(self)
-            try:
-                image, target = self._read(candidate)
-            except UNREADABLE as error:
-                reason = ' '.join(str(error).split()) or type(error).__name__
-                complaints.append(f'{self._name(candidate)}: {reason}')
-            else:
-                return self.transform(image), target, complaints
-        return torch.zeros(self.shape, dtype=torch.uint8), -1, complaints
-
-    def _read(self, index: int) -> tuple[Image.Image, int]:
-        reader = getattr(self.dataset, 'reader', None)
-        if reader is None:
-            image, target = self.dataset[index]
-        else:  # timm's own __getitem__ puts the neighbour in the place of an unreadable image without telling
-            file, target = reader[index][:2]
-            image = Image.open(file)
-        return image.convert('L' if self.shape[0] == 1 else 'RGB'), -1 if target is None else int(target)
-
-    def _name(self, index: int) -> str:
-        named = getattr(self.dataset, 'filename', None)
-        return named(index, absolute=True) if named else f'image {index}'
-
-
-class StreamedSamples(IterableDataset):
-    """Decoded and augmented images of a data set that is read as a stream, which timm's reader shares out."""
-
-    def __init__(self, dataset: IterableDataset, transform: Callable):
-        dataset.transform = transform
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.dataset.set_epoch(epoch)
-
-    def set_loader_cfg(self, num_workers: int) -> None:
-        self.dataset.set_loader_cfg(num_workers=num_workers)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, int, list[str]]]:
-        for image, target in self.dataset:
-            yield image, target, []
+    reader = getattr(dataset, 'reader', dataset)
+    if hasattr(reader, 'iter_targets'):
+        targets = list(reader.iter_targets())
+    elif hasattr(reader, 'samples'):
+        targets = [target for _, target, *_ in reader.samples]
+    elif hasattr(reader, 'targets'):
+        targets = list(reader.targets)
+    else:
+        raise TrainError('loss.class_weight: the data set does not tell its labels; give loss.class_weights instead')
+    flat = [label for target in targets for label in ([target] if isinstance(target, (int, np.integer)) else target)]
+    return np.bincount(np.asarray(flat, dtype=np.int64), minlength=num_classes).tolist()
 
 
 def unreadable_limit(splits: Splits, config: Config) -> int:
@@ -225,26 +159,50 @@ def unreadable_limit(splits: Splits, config: Config) -> int:
     return config.data.max_unreadable if streamed else min(config.data.max_unreadable, len(splits.train) - 1)
 
 
-def build_loaders(splits: Splits, config: Config, data_config: dict, pin_memory: bool) -> tuple[DataLoader, DataLoader]:
-    """Loaders of (uint8 images (B, C, H, W), class indices (B,), complaints) for training, shuffled, and validation.
+def stream_complaint(splits: Splits, config: Config, processes: int) -> str | None:
+    """Why an epoch of a stream of shards would not be every image once, if it would not.
+
+    Shards are dealt to the workers of all processes, and each passes as many images as any other, in whole batches.
+    """
+    reader = getattr(splits.train, 'reader', None)
+    lengths = getattr(getattr(reader, 'split_info', None), 'shard_lengths', ())
+    workers = processes * max(1, config.data.workers)
+    share = sum(lengths) / workers
+    if not lengths or (len(set(lengths)) == 1 and len(lengths) % workers == 0 and share % config.data.batch_size == 0):
+        return None
+    return (
+        f'{len(lengths)} shards of {min(lengths)} to {max(lengths)} images do not divide among {workers} workers and '
+        f'batches of {config.data.batch_size}: an epoch of this stream repeats some images and leaves others out; '
+        f'read at random (an empty data.dataset), it would not'
+    )
+
+
+def build_loaders(
+    splits: Splits, config: Config, data_config: dict, pin_memory: bool, num_classes: int = 0, processes: int = 1
+) -> tuple[DataLoader, DataLoader]:
+    """Loaders of (uint8 images (B, C, H, W), targets, complaints) for training, shuffled, and validation.
+
+    Targets are class indices (B,), or (B, num_classes) where images have several labels.
 
     Args:
         splits: the opened data set.
         config: the run's configuration.
         data_config: timm's description of the network's input (input_size, interpolation, mean, std, crop_pct, ...).
-        pin_memory: True if the batches go to a GPU.
+        pin_memory: True if the batches go to a GPU: accelerate then copies one batch ahead, without waiting for it.
+        num_classes: outputs of the classifier; needed for several labels.
+        processes: that share the loaders.
     """
-    data, val_shape = config.data, tuple(data_config['input_size'])
+    data, augment, val_shape = config.data, config.augment, tuple(data_config['input_size'])
     train_size = data.train_image_size or val_shape[1:]
     train_shape = (val_shape[0], *((train_size, train_size) if isinstance(train_size, int) else train_size))
     pixels = {'mean': data_config['mean'], 'std': data_config['std'], 'normalize': False}
     evaluate = {key: data_config[key] for key in ('interpolation', 'crop_pct', 'crop_mode')}
     try:
         val_transform = create_transform(val_shape, **pixels, **evaluate)
-        if config.augment.crop_mode == 'none':
+        if augment.crop_mode == 'none':
             train_transform = create_transform(train_shape, **pixels, **evaluate)
         else:
-            train_transform = _train_transform(config.augment, train_shape, pixels, evaluate['interpolation'])
+            train_transform = _train_transform(augment, train_shape, pixels, evaluate['interpolation'])
     except (AssertionError, KeyError, ValueError, RuntimeError) as error:
         raise TrainError(f'augment: {error or type(error).__name__}') from None
 
@@ -252,20 +210,28 @@ def build_loaders(splits: Splits, config: Config, data_config: dict, pin_memory:
     sides = (splits.train, train_transform, train_shape, True), (splits.val, val_transform, val_shape, False)
     for dataset, transform, shape, train in sides:
         streamed = isinstance(dataset, IterableDataset)
+        batch_size = data.batch_size if train else data.val_batch_size or data.batch_size
+        labels = num_classes if data.multi_label else None
+        sampler = None
         if streamed:
-            samples = StreamedSamples(dataset, transform)
+            samples = StreamedSamples(dataset, transform, labels)
             samples.set_loader_cfg(num_workers=data.workers)
         else:
             attempts = unreadable_limit(splits, config) + 1 if train else 1
-            samples = Samples(dataset, transform, shape, config.run.seed, attempts)
+            versions = augment.splits if train else 0
+            samples = Samples(dataset, transform, shape, config.run.seed, attempts, versions, labels)
+            if train and augment.repeats > 1:
+                sampler = RepeatedSampler(len(samples), augment.repeats, config.run.seed, batch_size, processes)
         loaders.append(
             DataLoader(
                 samples,
-                batch_size=data.batch_size if train else data.val_batch_size or data.batch_size,
-                shuffle=train and not streamed,
+                batch_size=batch_size,
+                shuffle=train and not streamed and sampler is None,
+                sampler=sampler,
                 drop_last=train,
                 num_workers=data.workers,
-                collate_fn=_collate,
+                prefetch_factor=data.prefetch if data.workers else None,
+                collate_fn=collate,
                 pin_memory=pin_memory,
                 persistent_workers=data.workers > 0,
                 worker_init_fn=_leave_signals_to_the_trainer,
@@ -274,7 +240,9 @@ def build_loaders(splits: Splits, config: Config, data_config: dict, pin_memory:
     return tuple(loaders)
 
 
-def _train_transform(augment: AugmentConfig, shape: tuple[int, ...], pixels: dict, interpolation: str) -> Callable:
+def _train_transform(
+    augment: AugmentConfig, shape: tuple[int, ...], pixels: dict, interpolation: str
+) -> Callable | tuple[Callable, Callable, Callable]:
     return create_transform(
         shape,
         **pixels,
@@ -287,12 +255,8 @@ def _train_transform(augment: AugmentConfig, shape: tuple[int, ...], pixels: dic
         color_jitter=augment.color_jitter or None,
         auto_augment=augment.auto_augment,
         interpolation=augment.interpolation or interpolation,
+        separate=augment.splits > 1,
     )
-
-
-def _collate(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
-    images, targets, complaints = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(targets), [complaint for each in complaints for complaint in each]
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
@@ -324,7 +288,9 @@ class BatchTransform:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.erase = self.mix = None
         if augment and augment.random_erasing:
-            self.erase = RandomErasing(augment.random_erasing, mode=augment.erasing_mode, device=device)
+            self.erase = RandomErasing(
+                augment.random_erasing, mode=augment.erasing_mode, num_splits=augment.splits, device=device
+            )
         if augment and (augment.mixup or augment.cutmix):
             self.mix = Mixup(
                 mixup_alpha=augment.mixup,

@@ -1,12 +1,15 @@
 """The network with its weights to start from, and its optimizer, by timm's names."""
 
+import fnmatch
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.optim import create_optimizer_v2
+from timm.layers import convert_sync_batchnorm
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from .config import Config, DataConfig, ModelConfig, OptimConfig
@@ -47,7 +50,38 @@ def build_model(model: ModelConfig, data: DataConfig, num_classes: int) -> nn.Mo
         raise TrainError(f'model.name {model.name!r} cannot be created{source}: {reason}') from error
     if model.grad_checkpointing:
         network.set_grad_checkpointing(True)
+    if model.sync_bn:
+        network = convert_sync_batchnorm(network)
     return network
+
+
+def freeze(network: nn.Module, model: ModelConfig) -> list[nn.Module]:
+    """Stops the learning of what the configuration keeps as it is.
+
+    Returns:
+        The modules that have to stay in evaluation mode: they keep their statistics and drop nothing.
+
+    Raises:
+        TrainError: if a pattern matches no module, or nothing is left to learn.
+    """
+    frozen = []
+    for pattern in model.freeze:
+        matches = [module for name, module in network.named_modules() if name and fnmatch.fnmatch(name, pattern)]
+        if not matches:
+            names = [name for name, _ in network.named_modules() if name]
+            raise TrainError(f'model.freeze: no module is called {pattern!r}{nearest(pattern, names)}')
+        frozen += matches
+    if model.head_only:
+        frozen.append(network)
+    if model.freeze_bn:
+        frozen += [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for module in frozen:
+        module.requires_grad_(False)
+    if model.head_only:
+        network.get_classifier().requires_grad_(True)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise TrainError('model.freeze leaves nothing to train')
+    return frozen
 
 
 def _check_name(name: str) -> None:
@@ -85,9 +119,11 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, lr: float) -> torch.op
     """Creates timm's optimizer with its parameter groups: no weight decay where none belongs, layer decay if asked for.
 
     Raises:
-        TrainError: if the optimizer is unknown or does not take these arguments.
+        TrainError: if the optimizer is unknown or does not take these arguments, or a pattern matches no parameter.
     """
     optional = {key: getattr(optim, key) for key in ('betas', 'eps') if getattr(optim, key) is not None}
+    if optim.groups:
+        optional['param_group_fn'] = partial(grouped_parameters, optim=optim)
     try:
         return create_optimizer_v2(
             model,
@@ -103,6 +139,36 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, lr: float) -> torch.op
         known = timm.optim.list_optimizers()
         hint = nearest(optim.name, known) if optim.name not in known else f': {error}'
         raise TrainError(f'optim.name: cannot create {optim.name!r}{hint}', usage=True) from None
+
+
+def grouped_parameters(model: nn.Module, optim: OptimConfig) -> list[dict]:
+    """timm's parameter groups, divided where optim.groups gives some parameters settings of their own."""
+    excluded = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()
+    if optim.layer_decay is not None:
+        groups = param_groups_layer_decay(model, optim.weight_decay, excluded, layer_decay=optim.layer_decay)
+    else:
+        groups = param_groups_weight_decay(model, optim.weight_decay, no_weight_decay_list=excluded)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for pattern, settings in optim.groups.items():
+        if unknown := set(settings) - {'lr_scale', 'weight_decay'}:
+            raise TrainError(
+                f'optim.groups: {pattern!r} takes lr_scale and weight_decay, not {min(unknown)}', usage=True
+            )
+        if not fnmatch.filter(names.values(), pattern):
+            raise TrainError(f'optim.groups: no parameter matches {pattern!r}{nearest(pattern, names.values())}')
+    divided: dict[tuple, dict] = {}
+    for number, group in enumerate(groups):
+        for parameter in group['params']:
+            pattern = next(
+                (each for each in reversed(optim.groups) if fnmatch.fnmatch(names[id(parameter)], each)), None
+            )
+            settings = {} if pattern is None else dict(optim.groups[pattern])
+            if 'lr_scale' in group or 'lr_scale' in settings:
+                settings['lr_scale'] = group.get('lr_scale', 1.0) * settings.get('lr_scale', 1.0)
+            if group['weight_decay'] == 0.0:  # a bias, or a norm
+                settings.pop('weight_decay', None)
+            divided.setdefault((number, pattern), {**group, 'params': [], **settings})['params'].append(parameter)
+    return list(divided.values())
 
 
 def scaled(lr: float, config: Config, processes: int) -> float:

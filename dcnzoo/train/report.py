@@ -1,4 +1,4 @@
-"""What the user sees of a run: progress, one line per epoch, CSV, trackers, curves and the summary."""
+"""What the user sees of a run while it goes on: progress, one line per epoch, CSV and trackers."""
 
 import csv
 import io
@@ -10,9 +10,11 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .checkpoint import atomic, write_text
+from .checkpoint import write_text
 
-METRICS = ('epoch', 'step', 'lr', 'train_loss', 'val_loss', 'val_top1', 'val_top5', 'images_per_second', 'seconds')
+SINGLE_LABEL = ('val_loss', 'val_top1', 'val_top5')
+MULTI_LABEL = ('val_loss', 'val_map', 'val_micro_f1', 'val_macro_f1', 'val_sample_f1')
+NAMES = {'val_top1': 'top-1', 'val_map': 'mAP'}
 
 
 class Report:
@@ -23,13 +25,16 @@ class Report:
         output: the run's folder.
         epochs: of the whole run.
         batches: per epoch and process.
+        multi_label: whether images have several labels.
     """
 
-    def __init__(self, accelerator: Accelerator, output: Path, epochs: int, batches: int):
+    def __init__(self, accelerator: Accelerator, output: Path, epochs: int, batches: int, multi_label: bool = False):
         self.accelerator = accelerator
         self.output = output
         self.epochs = epochs
         self.batches = batches
+        self.metrics = MULTI_LABEL if multi_label else SINGLE_LABEL
+        self.metric = self.metrics[1]  # by which the best is chosen
         self.main = accelerator.is_main_process
         self.console = Console(quiet=not self.main, soft_wrap=True, highlight=False)
         self.progress = Progress(
@@ -81,15 +86,26 @@ class Report:
         self.progress.update(self.task, loss=f'{loss:.3f}')
         self.accelerator.log({'train/loss': loss, 'train/lr': lr}, step=step)
 
-    def epoch(self, row: dict[str, Any], history: list[dict[str, Any]], best: float) -> None:
+    def health(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Feeds the trackers with a measurement of the deformable layers."""
+        values = {
+            f'{name}/{row["stage"]}': row[name] for row in rows for name in row if name not in ('stage', 'layers')
+        }
+        self.accelerator.log(values, step=step)
+
+    def epoch(self, row: dict[str, Any], history: list[dict[str, Any]], best: dict[str, Any] | None) -> None:
         """Prints one line for an epoch, feeds the trackers, and writes the CSV from the whole history."""
         done = row['epoch'] * self.batches
         left = (time.monotonic() - self.started) * (self.epochs * self.batches - done) / max(1, done - self.done_before)
         validation = ''
-        if row['val_top1'] is not None:
-            validation = f'val loss {row["val_loss"]:.3f}  top-1 {row["val_top1"]:.2f} % (best {best:.2f} %)  '
+        if row[self.metric] is not None:
+            name = NAMES[self.metric]
+            validation = (
+                f'val loss {row["val_loss"]:.3f}  {name} {row[self.metric]:.2f} % (best {best[self.metric]:.2f} %)  '
+            )
+        loss = '-' if row['train_loss'] is None else f'{row["train_loss"]:.3f}'
         self.say(
-            f'epoch {row["epoch"]}/{self.epochs}  loss {row["train_loss"]:.3f}  {validation}lr {row["lr"]:.2e}  '
+            f'epoch {row["epoch"]}/{self.epochs}  loss {loss}  {validation}lr {row["lr"]:.2e}  '
             f'{row["images_per_second"]:.0f} img/s  {clock(left)} left'
         )
         measured = {name: value for name, value in row.items() if value is not None and name not in ('epoch', 'step')}
@@ -108,33 +124,7 @@ def clock(seconds: float) -> str:
 def to_csv(history: list[dict[str, Any]]) -> str:
     """One row per epoch; a metric that was not measured is empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, METRICS, lineterminator='\n')
+    writer = csv.DictWriter(text, list(history[0]), lineterminator='\n')
     writer.writeheader()
     writer.writerows(history)
     return text.getvalue()
-
-
-def draw_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
-    """Draws loss, top-1 and learning rate over the epochs."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.6), layout='constrained')
-    losses, accuracy, rate = figure.subplots(1, 3)
-    for axes, name, label in (
-        (losses, 'train_loss', 'training'),
-        (losses, 'val_loss', 'validation'),
-        (accuracy, 'val_top1', 'validation'),
-        (rate, 'lr', None),
-    ):
-        points = [(row['epoch'], row[name]) for row in history if row[name] is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker='.' if len(points) < 30 else None)
-    for axes, name in ((losses, 'loss'), (accuracy, 'top-1 (%)'), (rate, 'learning rate')):
-        axes.set(xlabel='epoch', title=name)
-        axes.grid(alpha=0.3)
-    if losses.lines:
-        losses.legend()
-    figure.suptitle(title)
-    with atomic(path) as draft:
-        FigureCanvasAgg(figure).print_png(draft)

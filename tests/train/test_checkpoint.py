@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from dcnzoo.train import checkpoint
 from dcnzoo.train.checkpoint import (
     atomic,
-    find_checkpoint,
+    find_checkpoints,
     load_weights,
     save_weights,
     timm_config,
@@ -47,7 +47,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_weights_in_any_memory_order(tmp_path):
     first, second = (timm.create_model('test_dcnv4', num_classes=3) for _ in range(2))
     first.to(memory_format=torch.channels_last)
-    save_weights(tmp_path / 'model.safetensors', first)
+    save_weights(tmp_path / 'model.safetensors', first.state_dict())
     load_weights(tmp_path / 'model.safetensors', second)
     assert all(
         torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
@@ -63,7 +63,7 @@ def test_folder_for_timm(tmp_path, name, kwargs):
     model = timm.create_model(name, num_classes=3, in_chans=1, **kwargs).eval()
     data = {'input_size': (1, 96, 96), 'mean': (0.3,), 'std': (0.2,), 'interpolation': 'bilinear', 'crop_pct': 0.9}
     config = timm_config(model, data, ['ant', 'bee', 'cat'], kwargs)
-    save_weights(tmp_path / 'model.safetensors', model)
+    save_weights(tmp_path / 'model.safetensors', model.state_dict())
     write_json(tmp_path / 'config.json', config)
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     image = torch.randn(2, 1, 96, 96)
@@ -96,26 +96,27 @@ def test_what_is_resumed(tmp_path):
     (folder / '.epoch_0011_batch_00000000.draft').mkdir()  # half written when the run was killed
     newest = folder / 'epoch_0010_batch_00000000'
     (tmp_path / 'run' / 'best').mkdir()
-    assert find_checkpoint(config(None)) is None
-    assert find_checkpoint(config('auto')) == newest
-    assert find_checkpoint(config('auto', 'fresh')) is None
-    assert find_checkpoint(config(str(tmp_path / 'run'), 'fresh')) == newest
-    assert find_checkpoint(config(str(tmp_path / 'run' / 'best'))) == newest
     older = folder / 'epoch_0002_batch_00000009'
-    assert find_checkpoint(config(str(older))) == older
+    newest_first = [newest, older, folder / 'epoch_0002_batch_00000000']
+    assert find_checkpoints(config(None)) == []
+    assert find_checkpoints(config('auto')) == newest_first
+    assert find_checkpoints(config('auto', 'fresh')) == []
+    assert find_checkpoints(config(str(tmp_path / 'run'), 'fresh')) == newest_first
+    assert find_checkpoints(config(str(tmp_path / 'run' / 'best'))) == newest_first
+    assert find_checkpoints(config(str(older))) == [older]
     with pytest.raises(TrainError, match=r'--resume: .*nowhere does not exist'):
-        find_checkpoint(config(str(tmp_path / 'nowhere')))
+        find_checkpoints(config(str(tmp_path / 'nowhere')))
     shutil.rmtree(folder)
     with pytest.raises(TrainError, match=r'--resume: .*best holds no resumable checkpoint'):
-        find_checkpoint(config(str(tmp_path / 'run' / 'best')))
+        find_checkpoints(config(str(tmp_path / 'run' / 'best')))
 
 
 def test_weights_that_cannot_be_written(tmp_path, monkeypatch):
     model = timm.create_model('test_dcnv4', num_classes=3)
-    save_weights(tmp_path / 'model.safetensors', model)
+    save_weights(tmp_path / 'model.safetensors', model.state_dict())
     monkeypatch.setattr(checkpoint, 'save_file', full_disk)
     torch.nn.init.zeros_(next(model.parameters()))
     with pytest.raises(TrainError, match='No space left'):
-        save_weights(tmp_path / 'model.safetensors', model)
+        save_weights(tmp_path / 'model.safetensors', model.state_dict())
     assert load_file(tmp_path / 'model.safetensors')
     assert len(list(tmp_path.iterdir())) == 1

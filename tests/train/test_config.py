@@ -1,7 +1,8 @@
 import pytest
 import yaml
 
-from dcnzoo.train.config import Config, ModelConfig, find_config, parse
+from dcnzoo.train.arguments import find_config, parse
+from dcnzoo.train.config import Config, ModelConfig
 from dcnzoo.train.errors import TrainError
 
 from .conftest import REPOSITORY

@@ -8,14 +8,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from dcnzoo.train.config import AugmentConfig, Config, DataConfig
 from dcnzoo.train.data import (
     BatchTransform,
-    Samples,
     Splits,
-    StreamedSamples,
     build_loaders,
     open_splits,
     unreadable_limit,
 )
 from dcnzoo.train.errors import TrainError
+from dcnzoo.train.samples import Samples, StreamedSamples
 
 from .conftest import CLASSES
 

@@ -1,0 +1,154 @@
+"""Puts a run together: data, model, optimizer, schedule and loss, prepared by accelerate, in one Trainer."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch.utils.data import IterableDataset
+
+from .checkpoint import Checkpoints, keep_schedule, timm_config
+from .config import Config
+from .data import (
+    BatchTransform,
+    Splits,
+    build_loaders,
+    class_counts,
+    open_splits,
+    stream_complaint,
+    unreadable_limit,
+)
+from .errors import TrainError
+from .loop import Trainer
+from .model import build_model, build_optimizer, freeze, input_config, scaled
+from .report import Report
+from .samples import seed_all
+from .task import build_task
+from .unreadable import Unreadable
+
+
+def assemble(config: Config, accelerator: Accelerator) -> Trainer:
+    """Everything that a run consists of, and a line about each part.
+
+    Raises:
+        TrainError: if any part of the configuration does not fit the data or the model.
+    """
+    output, device, processes = Path(config.run.output), accelerator.device, accelerator.num_processes
+
+    # data, then the model with as many outputs as there are classes
+    with accelerator.main_process_first():  # which downloads, where there is something to download
+        splits = open_splits(config.data, config.model.in_chans, config.run.seed)
+        seed_all(config.run.seed)
+        model = build_model(config.model, config.data, num_classes(config, splits))
+    classes = model.num_classes
+    data_config = input_config(model, config.data, config.model.in_chans)
+    loaders = build_loaders(splits, config, data_config, device.type == 'cuda', classes, processes)
+    model_config = timm_config(model, data_config, splits.classes, config.model.kwargs)
+    frozen = freeze(model, config.model)
+
+    model.to(device)
+    if config.model.channels_last:
+        model.to(memory_format=torch.channels_last)
+    ema = ModelEmaV3(model, decay=config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
+    if config.model.compile:
+        model.compile()
+    optimizer = build_optimizer(model, config.optim, scaled(config.optim.lr, config, processes))
+    if isinstance(splits.train, IterableDataset):  # shared out by its reader
+        (model, optimizer), (train_loader, val_loader) = accelerator.prepare(model, optimizer), loaders
+    else:
+        model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, *loaders)
+    check_batches(config, splits, len(train_loader), processes)
+    scheduler = build_scheduler(config, optimizer, len(train_loader), processes)
+    if scheduler is None:  # which would apply the factors of the groups
+        for group in optimizer.param_groups:
+            group['lr'] *= group.get('lr_scale', 1.0)
+    elif scheduler.t_in_epochs:
+        keep_schedule(accelerator, scheduler)  # plateau remembers
+    counts = class_counts(splits.train, classes) if config.loss.class_weight else None
+
+    destination = {'num_classes': classes, 'device': device, 'channels_last': config.model.channels_last}
+    report = Report(accelerator, output, config.schedule.epochs, len(train_loader), config.data.multi_label)
+    if (complaint := stream_complaint(splits, config, processes)) and accelerator.is_main_process:
+        report.warn(complaint)
+    introduce(report, config, model_config, splits, accelerator, sum(p.numel() for p in model.parameters()))
+    return Trainer(
+        accelerator,
+        config,
+        splits=splits,
+        model_config=model_config,
+        model=model,
+        task=build_task(model, config, data_config, classes, counts, device),
+        frozen=frozen,
+        ema=ema,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        train_transform=BatchTransform(data_config, config.augment, **destination),
+        val_transform=BatchTransform(data_config, None, **destination),
+        unreadable=Unreadable(accelerator, report, output / 'unreadable.txt', unreadable_limit(splits, config)),
+        checkpoints=Checkpoints(accelerator, output, config, model_config, ema.module if ema else None),
+        report=report,
+        output=output,
+    )
+
+
+def num_classes(config: Config, splits: Splits) -> int:
+    """Outputs of the classifier: as configured, or one per class of the data set."""
+    known = len(splits.classes) if splits.classes else None
+    wanted = config.model.num_classes or known
+    if wanted is None:
+        raise TrainError(f'model.num_classes is missing: {config.data.dataset!r} does not tell its classes')
+    if known is not None and wanted < known:
+        raise TrainError(f'model.num_classes is {wanted}, but the data set has {known} classes')
+    return wanted
+
+
+def check_batches(config: Config, splits: Splits, batches: int, processes: int) -> None:
+    """Raises if the training split does not fill one batch per process."""
+    if batches == 0:
+        raise TrainError(
+            f'{len(splits.train)} training images do not fill one batch of {config.data.batch_size} on {processes} '
+            f'process{"es" if processes > 1 else ""}: lower data.batch_size'
+        )
+
+
+def build_scheduler(config: Config, optimizer: torch.optim.Optimizer, batches: int, processes: int):
+    """timm's schedule, counted in batches; plateau, which looks at the metric, in epochs."""
+    schedule, per_epoch = config.schedule, config.schedule.name == 'plateau'
+    try:
+        return create_scheduler_v2(
+            optimizer,
+            sched=schedule.name,
+            num_epochs=schedule.epochs - schedule.cooldown_epochs,
+            cooldown_epochs=schedule.cooldown_epochs,
+            warmup_epochs=schedule.warmup_epochs,
+            warmup_lr=scaled(schedule.warmup_lr, config, processes),
+            min_lr=scaled(schedule.min_lr, config, processes),
+            decay_epochs=schedule.decay_epochs,
+            decay_milestones=schedule.decay_milestones,
+            decay_rate=schedule.decay_rate,
+            patience_epochs=schedule.patience_epochs,
+            step_on_epochs=per_epoch,
+            updates_per_epoch=batches,
+            **schedule.kwargs,
+        )[0]
+    except (ValueError, AssertionError, TypeError) as error:
+        raise TrainError(f'schedule.name: cannot create {schedule.name!r}: {error}', usage=True) from None
+
+
+def introduce(
+    report: Report, config: Config, model_config: dict, splits: Splits, accelerator: Accelerator, parameters: int
+) -> None:
+    """Says what is about to be trained, on what."""
+    height, width = model_config['pretrained_cfg']['input_size'][1:]
+    report.say(
+        f'{model_config["architecture"]}: {parameters / 1e6:.2f} M parameters, {model_config["num_classes"]} classes, '
+        f'{height}x{width} pixels'
+    )
+    source = config.data.root or config.data.dataset
+    report.say(f'{len(splits.train)} training and {len(splits.val)} validation images from {source}')
+    devices = f'{accelerator.num_processes} x {accelerator.device.type}, {torch.get_num_threads()} threads each'
+    report.say(f'{config.schedule.epochs} epochs on {devices}, mixed precision: {accelerator.mixed_precision}')
+    report.say(f'output in {config.run.output}')

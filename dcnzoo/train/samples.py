@@ -1,0 +1,211 @@
+"""Images one by one: decoded, augmented, and named where they cannot be read; and their order.
+
+Every random choice is a function of the seed and of a position (epoch, image, batch), never of what was drawn before: a
+resumed run sees the same images with the same augmentation, and so does another number of workers.
+"""
+
+import logging
+import random
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.target_transforms import MultiLabelTarget
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, Sampler
+
+BYTES = re.compile(r'<_io\.BytesIO object at \w+>')  # what PIL calls a file that is read from an archive
+# what PIL and its decoders raise on files that are damaged, cut short, or no images
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+def seed_all(*entropy: int) -> None:
+    """Seeds Python, NumPy and PyTorch from any number of integers >= 0."""
+    words = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.manual_seed(int(words[2]))
+
+
+class Samples(Dataset):
+    """Decoded and augmented images of a data set with random access.
+
+    An item is (uint8 image, target, complaints). There is a complaint for each image that could not be read, with the
+    file's name and the reason. In training the next readable image then takes its place, so that an epoch keeps its
+    length; in validation the target is -1, so that it does not count.
+
+    An index beyond the data set's length is a further version of an image, with its own augmentation.
+
+    Args:
+        dataset: a data set of timm or torchvision.
+        transform: from a PIL image to a uint8 tensor; or three, for the clean version of an image, for the augmented
+            ones, and for what happens to each of them at the end.
+        shape: channels, height and width of that tensor.
+        seed: of the augmentation.
+        attempts: images tried in the place of one.
+        splits: versions of the image in an item, if more than 1: (splits, C, H, W).
+        num_classes: where an image has several labels, the length of the vector that they become; else None.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        transform: Callable | tuple[Callable, Callable, Callable],
+        shape: tuple[int, ...],
+        seed: int,
+        attempts: int = 1,
+        splits: int = 0,
+        num_classes: int | None = None,
+    ):
+        self.dataset = dataset
+        self.transform = transform
+        self.shape = shape
+        self.seed = seed
+        self.attempts = attempts
+        self.splits = splits
+        self.encode = int
+        self.missing = -1
+        if num_classes is not None:
+            dense = getattr(getattr(dataset, 'reader', None), 'dense_target', False)
+            self.encode = MultiLabelTarget(num_classes, dense=dense)
+            self.missing = torch.full((num_classes,), -1.0)
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that outlive the epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor, list[str]]:
+        seed_all(self.seed, int(self.epoch), index)
+        complaints = []
+        for candidate in range(index, index + self.attempts):
+            candidate %= len(self)
+            try:
+                image, target = self._read(candidate)
+            except UNREADABLE as error:
+                reason = ' '.join(BYTES.sub('', str(error)).split()) or type(error).__name__
+                complaints.append(f'{self.name(candidate)}: {reason}')
+            else:
+                return self._prepare(image), self.missing if target is None else self.encode(target), complaints
+        return torch.zeros(self.shape, dtype=torch.uint8), self.missing, complaints
+
+    def _prepare(self, image: Image.Image) -> Tensor:
+        if self.splits < 2:
+            return self.transform(image)
+        crop, augment, finish = self.transform
+        image = crop(image)
+        return torch.stack([finish(image), *(finish(augment(image)) for _ in range(self.splits - 1))])
+
+    def _read(self, index: int) -> tuple[Image.Image, Any]:
+        reader = getattr(self.dataset, 'reader', None)
+        if reader is None:
+            image, target = self.dataset[index]
+        else:  # timm's own __getitem__ puts the neighbour in the place of an unreadable image without telling
+            file, target = reader[index][:2]
+            image = Image.open(file)
+        return image.convert('L' if self.shape[0] == 1 else 'RGB'), target
+
+    def name(self, index: int) -> str:
+        """The file of an image, or its number."""
+        named = getattr(self.dataset, 'filename', None)
+        return named(index % len(self), absolute=True) if named else f'image {index % len(self)}'
+
+
+class RepeatedSampler(Sampler[int]):
+    """Each image several times, every time augmented anew (arXiv 1901.09335), in epochs of unchanged length.
+
+    The versions of an image are neighbours in a global batch, and lie on different processes where there are several.
+
+    Args:
+        images: of the data set; version v of image i has the index i + v * images.
+        repeats: versions of an image.
+        seed: of the order.
+        batch_size: per process.
+        processes: that share the batches in turn.
+    """
+
+    def __init__(self, images: int, repeats: int, seed: int, batch_size: int, processes: int):
+        self.images = images
+        self.repeats = repeats
+        self.seed = seed
+        self.batch_size = batch_size
+        self.processes = processes
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.images
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        chosen = torch.randperm(self.images, generator=generator)[: -(-self.images // self.repeats)]
+        versions = (chosen[:, None] + self.images * torch.arange(self.repeats)).flatten()[: self.images]
+        size = self.batch_size * self.processes
+        whole = self.images // size * size  # batches are dealt to the processes one after the other, images are to be
+        dealt = versions[:whole].view(-1, self.batch_size, self.processes).transpose(1, 2).flatten()
+        yield from dealt.tolist()
+        yield from versions[whole:].tolist()
+
+
+class StreamedSamples(IterableDataset):
+    """Decoded and augmented images of a data set that is read as a stream, which timm's reader shares out."""
+
+    def __init__(self, dataset: IterableDataset, transform: Callable, num_classes: int | None = None):
+        dataset.transform = transform
+        self.dataset = dataset
+        self.encode = int
+        if num_classes is not None:
+            dense = getattr(getattr(dataset, 'reader', None), 'dense_target', False)
+            self.encode = MultiLabelTarget(num_classes, dense=dense)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.dataset.set_epoch(epoch)
+
+    def set_loader_cfg(self, num_workers: int) -> None:
+        self.dataset.set_loader_cfg(num_workers=num_workers)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int | Tensor, list[str]]]:
+        with _complaints_of_reader() as complaints:
+            for image, target in self.dataset:
+                yield image, self.encode(target), list(complaints)
+                complaints.clear()
+
+
+@contextmanager
+def _complaints_of_reader() -> Iterator[list[str]]:
+    """What timm's reader of webdataset shards logs about samples that it leaves out, which it does not name."""
+    complaints = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: complaints.append(' '.join(BYTES.sub('', record.getMessage()).split()))
+    logger = logging.getLogger('timm.data.readers.reader_wds')
+    disabled, logger.disabled = logger.disabled, False
+    logger.addHandler(handler)
+    try:
+        yield complaints
+    finally:
+        logger.removeHandler(handler)
+        logger.disabled = disabled
+
+
+def collate(samples: list[tuple[Tensor, int | Tensor, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+    """Where images come in several versions, the clean ones of the whole batch come first."""
+    images, targets, complaints = zip(*samples, strict=True)
+    images = torch.stack(images)
+    targets = torch.stack(targets) if isinstance(targets[0], Tensor) else torch.tensor(targets)
+    if images.ndim == 5:
+        targets = targets.repeat(images.shape[1], *(1,) * (targets.ndim - 1))
+        images = images.transpose(0, 1).flatten(0, 1)
+    return images, targets, [complaint for each in complaints for complaint in each]
