@@ -69,13 +69,13 @@ def _locate_url(url: str) -> tuple[Path, str]:
 def _locate_in_hub(repo_id: str, revision: str | None, filename: str) -> tuple[Path, str]:
     if not filename:
         filename = _choose(huggingface_hub.list_repo_files(repo_id, revision=revision), repo_id)
-    folder = filename[: filename.rfind('/') + 1]
-    with contextlib.suppress(EntryNotFoundError):
-        hub.fetch(repo_id, folder + CONFIG, revision)  # which `saved_config` reads
     path = hub.fetch(repo_id, filename, revision)
+    folder, commit = filename[: filename.rfind('/') + 1], hub.commit_of(path)
     for shard in _shards(path):
-        hub.fetch(repo_id, folder + shard, revision)
-    return path, f'{repo_id}/{filename}' + (f'@{revision}' if revision else '')
+        hub.fetch(repo_id, folder + shard, commit)
+    with contextlib.suppress(EntryNotFoundError):
+        hub.fetch(repo_id, folder + CONFIG, commit)  # which `saved_config` reads
+    return path, f'{repo_id}/{filename}@{commit}'
 
 
 def _choose(names: Sequence[str], where: str) -> str:

@@ -173,11 +173,16 @@ def _stated(path: Path, repo_id: str, filename: str) -> str:
     if path.is_symlink():  # to where the cache keeps files by their hashes
         return os.path.basename(os.readlink(path))
     try:
-        commit = path.parts[path.parts.index('snapshots') + 1]
-        url = huggingface_hub.hf_hub_url(repo_id, filename, revision=commit)
+        url = huggingface_hub.hf_hub_url(repo_id, filename, revision=commit_of(path))
         return huggingface_hub.get_hf_file_metadata(url).etag or ''
     except Exception:  # without a network, for instance
         return ''
+
+
+def commit_of(path: Path) -> str:
+    """The commit that a file in the client's cache is of, which its folder is named by."""
+    parts = path.parts
+    return parts[len(parts) - parts[::-1].index('snapshots')]
 
 
 def _forget(path: Path) -> None:
@@ -229,7 +234,7 @@ def pull(repo_id: str, output: str | Path | None = None, revision: str | None = 
         HfHubHTTPError, LocalEntryNotFoundError, OSError: As huggingface_hub raises them.
     """
     files = {CONFIG: fetch(repo_id, CONFIG, revision)}
-    commit = files[CONFIG].parent.name  # so that all files are of one commit
+    commit = commit_of(files[CONFIG])  # so that all files are of one commit
     try:
         files[WEIGHTS] = fetch(repo_id, WEIGHTS, commit)
     except LocalEntryNotFoundError:

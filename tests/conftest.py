@@ -48,6 +48,13 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def few_models(monkeypatch):
+    """Lets those whom a checkpoint might fit be few, for speed."""
+    few = ['dcnv4_atto', 'test_dcnv4', 'test_parameternet']
+    monkeypatch.setattr('dcnzoo.convert._models', lambda: few)
+
+
+@pytest.fixture
 def impatient(monkeypatch):
     """Lets the client wait no time between its attempts."""
     import time

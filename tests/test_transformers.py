@@ -64,7 +64,8 @@ def test_folder(tmp_path, make, in_chans):
 
 @pytest.mark.skipif(not README.is_file(), reason='needs the source tree')
 def test_the_example_of_the_readme(tmp_path, monkeypatch, capsys):
-    (example,) = re.findall('^```py\n(.*?)^```$', README.read_text(encoding='utf-8'), re.MULTILINE | re.DOTALL)
+    examples = re.findall('^```py\n(.*?)^```$', README.read_text(encoding='utf-8'), re.MULTILINE | re.DOTALL)
+    (example,) = (example for example in examples if 'AutoModelForImageClassification' in example)
     monkeypatch.chdir(tmp_path)
     trained(tmp_path / 'runs/photos/best', 3)
     Image.new('RGB', (90, 120)).save('photo.jpg')

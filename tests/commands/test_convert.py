@@ -39,7 +39,7 @@ def test_a_checkpoint_becomes_a_folder_that_predicts(dcnzoo, checkpoint, tmp_pat
     assert f'{image}: {label} {probability}' in lines and label in CLASSES
 
 
-def test_what_differs_is_listed(dcnzoo, checkpoint, tmp_path):
+def test_what_differs_is_listed(dcnzoo, few_models, checkpoint, tmp_path):
     code, out, err = dcnzoo('convert', checkpoint, '--model', 'test_parameternet', '--output', tmp_path / 'out')
     assert (code, out) == (1, '')
     assert err[0].endswith('missing:') and err[1].startswith('  conv_stem')
