@@ -32,7 +32,7 @@ def trained(folder, in_chans):
     model = timm.create_model('test_dcnv4', num_classes=3, in_chans=in_chans)
     model.load_state_dict(weights(num_classes=3, in_chans=in_chans))
     folder.mkdir(parents=True)
-    save_weights(folder / 'model.safetensors', model)
+    save_weights(folder / 'model.safetensors', model.state_dict())
     data_config = resolve_model_data_config(model)
     write_json(folder / 'config.json', timm_config(model, data_config, CLASSES, {}))
 
