@@ -146,6 +146,8 @@ def _deform_conv2d(
     groups: int,
 ) -> Tensor:
     """`torchvision.ops.deform_conv2d` in a dtype that it has kernels for, or the standard's operator in ONNX."""
+    if x.ndim != 4:
+        raise ValueError(f'x must have shape (N, C, H, W), got {list(x.shape)}')
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     operands = x.to(dtype), offset.to(dtype), weight.to(dtype)
     bias = bias.to(dtype) if bias is not None else None

@@ -190,6 +190,17 @@ def test_compile_fullgraph():
     assert_close(compiled(maps()), module(maps()))
 
 
+@torch.no_grad()
+def test_onnx(tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    module = layer(center_feature_scale=True).float()
+    x, path = maps(dtype=torch.float32), tmp_path / 'layer.onnx'
+    torch.onnx.export(module, (x,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    (outputs,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert_close(torch.from_numpy(outputs), module(x), rtol=1e-4, atol=1e-5)
+
+
 def test_meta_and_dtype():
     module = DCNv3(device='meta', dtype=torch.bfloat16, center_feature_scale=True)
     assert {(p.device.type, p.dtype) for p in module.parameters()} == {('meta', torch.bfloat16)}

@@ -204,6 +204,11 @@ def test_bad_arguments(kwargs, error, message):
         DeformConv2d(**(dict(in_channels=6, out_channels=8, kernel_size=3) | kwargs))
 
 
+def test_bad_inputs():
+    with pytest.raises(ValueError, match=r'x must have shape \(N, C, H, W\), got \[6, 9, 11\]'):
+        DeformConv2d(6, 8, 3)(torch.randn(6, 9, 11))
+
+
 def test_zero_offsets_of_a_large_kernel_at_the_border():
     """What lies outside counts as zero, as an ordinary convolution's padding."""
     module = DeformConv2d(1, 1, 7, padding=3, bias=False, dtype=torch.float64)

@@ -95,6 +95,18 @@ def test_transformations(kwargs):
     assert module.bfloat16()(images(dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+@torch.no_grad()
+def test_onnx(tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    module = layer(6, 32, 3, 2, 1).float().eval()
+    path = tmp_path / 'layer.onnx'
+    torch.onnx.export(module, (images(dtype=torch.float32),), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    x = images(dtype=torch.float32)
+    (outputs,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert_close(torch.from_numpy(outputs), module(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ('kwargs', 'error', 'message'),
     [

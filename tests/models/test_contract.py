@@ -19,7 +19,10 @@ ALL = models()
 UP_TO_LARGE = [
     pytest.param(name, marks=pytest.mark.slow) if parameter_count(name) > 120e6 else name for name in models(LARGE)
 ]
-UP_TO_MEDIUM = models(MEDIUM)
+# Of more than 20M parameters they only repeat at length what smaller ones of the architecture show.
+UP_TO_MEDIUM = [
+    pytest.param(name, marks=pytest.mark.slow) if parameter_count(name) > 20e6 else name for name in models(MEDIUM)
+]
 UP_TO_SMALL = models(SMALL)
 TEST_SIZED = [name for name in ALL if name.startswith('test_')]
 
