@@ -269,9 +269,8 @@ class Trainer:
         if hasattr(norm, 'full_tensor'):  # of sharded parameters
             norm = norm.full_tensor()
         finite = torch.stack(losses).isfinite().all()
-        if (
-            accelerator.scaler is None
-        ):  # that of fp16 seeks its scale by gradients that overflow, and skips those itself
+        # the scaler of fp16 seeks its scale by gradients that overflow, and leaves those updates out itself
+        if accelerator.scaler is None:
             finite = finite & norm.isfinite()
         if accelerator.reduce((~finite).float()).item():
             self.skip_update(losses, images, targets)
@@ -304,7 +303,9 @@ class Trainer:
         cause = next((cause for cause in gather_object([self.find_cause(losses, images, targets)]) if cause), None)
         if cause is None:
             names = gradients_not_finite(self.accelerator.unwrap_model(self.model))
-            cause = f'gradients of {len(names)} parameters are not finite, the first is that of {names[0]}'
+            cause = 'the norm of the gradients is beyond the largest number'
+            if names:
+                cause = f'gradients of {len(names)} parameters are not finite, the first is that of {names[0]}'
         self.optimizer.zero_grad()
         self.buffers.restore()
         if self.accelerator.scaler is not None:

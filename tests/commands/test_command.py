@@ -19,10 +19,12 @@ def process(*arguments, **kwargs):
 def test_help_names_every_subcommand(dcnzoo):
     code, out, _ = dcnzoo('--help')
     assert code == 0
-    assert all(name in out for name in ('doctor', 'list', 'predict', 'features', 'offsets', 'digits'))
+    assert all(
+        name in out for name in ('doctor', 'list', 'predict', 'features', 'offsets', 'shards', 'average', 'digits')
+    )
 
 
-@pytest.mark.parametrize('name', ('doctor', 'list', 'predict', 'features', 'offsets', 'digits'))
+@pytest.mark.parametrize('name', ('doctor', 'list', 'predict', 'features', 'offsets', 'shards', 'average', 'digits'))
 def test_help_of_subcommand(dcnzoo, name):
     code, out, err = dcnzoo(name, '--help')
     assert code == 0
