@@ -30,7 +30,7 @@ help:
 	@echo 'make test-lowest  run the tests on the oldest supported versions, in $(VENV)-lowest'
 	@echo 'make test-yolo    run all tests of YOLO models on the oldest and on the newest supported ultralytics'
 	@echo 'make cuda         compile and link the CUDA operators, which takes nvcc and no GPU, and check their registers'
-	@echo 'make fuzz         ten thousand random calls of the operator against its specification'
+	@echo 'make fuzz         ten thousand random calls of each operator against its specification'
 	@echo 'make sanitize     run the tests of the operator on a library with AddressSanitizer and UBSan'
 	@echo 'make lint         check style with ruff; `make format` repairs it'
 	@echo 'make clean        remove what was built, the virtual environments too; runs/ stays'
@@ -69,7 +69,7 @@ cuda: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow tests/gpu/test_build.py
 
 fuzz: $(VENV)/.native $(VENV)/.test
-	$(BIN)/python -m pytest tests/ops/test_properties.py --hypothesis-profile=fuzz
+	$(BIN)/python -m pytest tests/ops/test_properties.py tests/ops/test_deform_attn_properties.py --hypothesis-profile=fuzz
 
 sanitize: $(VENV)/.test
 	$(BIN)/python tests/sanitize.py

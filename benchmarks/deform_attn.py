@@ -90,6 +90,7 @@ def run(options: Namespace) -> None:
         torch.set_num_threads(threads)
         for dtype in options.dtypes:
             for direction, backward in DIRECTIONS.items():
+                measured = []
                 for shape in SHAPES:
                     calls = {
                         peer: make_call(peer, shape, options.batch, getattr(torch, dtype), options.device, backward)
@@ -98,14 +99,29 @@ def run(options: Namespace) -> None:
                     timers = {peer: partial(time_calls, call, device=options.device) for peer, call in calls.items()}
                     with torch.inference_mode(not backward):
                         timings = measure(timers, options.rounds, options.seconds)
-                    results += [
+                    measured += [
                         Result(peer, direction, threads, dtype, shape.name, timing) for peer, timing in timings.items()
                     ]
-                show([result for result in results if (result.direction, result.threads, result.dtype) ==
-                      (direction, threads, dtype)], options.batch)  # fmt: skip
+                show(measured, options.batch)
+                results += measured
     settings = {'batch': options.batch, 'threads': options.threads, 'rounds': options.rounds}
     name = options.name or f'deform_attn_{options.device}_batch{options.batch}'
-    report.save(name, options.device, settings, results, options.output)
+    path = report.save(name, options.device, settings, results, options.output)
+    first = [result for result in results if (result.threads, result.dtype) == (options.threads[0], options.dtypes[0])]
+    report.chart(
+        path.with_suffix('.png'),
+        f'Deformable attention, batch {options.batch}, {options.threads[0]} thread(s), {options.dtypes[0]}',
+        'ms',
+        {
+            direction: {
+                f'{result.shape}, {result.peer}': 1e3 * result.seconds.median
+                for result in first
+                if result.direction == direction
+            }
+            for direction in DIRECTIONS
+        },
+        logarithmic=True,
+    )
 
 
 def show(results: list[Result], batch: int) -> None:

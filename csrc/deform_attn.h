@@ -57,6 +57,7 @@ inline Attention check_attention(
   STD_TORCH_CHECK(
       start == sizes.pixels && sizes.heads > 0 && sizes.depth > 0, "value must have shape (N, ", start,
       ", M, D), M and D positive, got (", sizes.batch, ", ", sizes.pixels, ", ", sizes.heads, ", ", sizes.depth, ")");
+  STD_TORCH_CHECK(sizes.samples() > 0, "there must be a level and a point, got ", sizes.levels.size(), " and ", sizes.points);
   const int64_t shape[] = {sizes.batch,  sizes.queries, sizes.heads, static_cast<int64_t>(sizes.levels.size()),
                            sizes.points, 2};
   for (int dim = 0; dim < 6; ++dim) {

@@ -102,10 +102,13 @@ def record_sampling(model: nn.Module, image: Tensor) -> list[Sampling]:
                 found.append(_sampling(running[-1] if running else '', result, *args, **(kwargs or {})))
             return result
 
+    def leave(*_):
+        running.pop()
+
     hooks = []
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-        hooks.append(module.register_forward_hook(lambda *_: running.pop() and None, always_call=True))
+        hooks.append(module.register_forward_hook(leave, always_call=True))
     try:
         with Recorder():
             model(image)

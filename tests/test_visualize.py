@@ -1,6 +1,7 @@
 """Where a network samples, drawn and traced: a network whose offsets are set by hand."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -55,6 +56,19 @@ def test_record(net):
     assert (first.x[5, 7, 0, CENTER], first.y[5, 7, 0, CENTER], first.mask[5, 7, 0, CENTER]) == (9, 4, 1)
     assert (second.x[5, 7, 0, 0], second.y[5, 7, 0, 0], second.mask[5, 7, 0, 0]) == (7 - 1 + 3, 5 - 1 + 1, -0.25)
     assert not net._forward_hooks and not net.stages[0].dcn._forward_pre_hooks
+
+
+def test_record_models_of_the_zoo():
+    """Each layer of each stage; the masks of DCNv3 are a softmax."""
+    for name in ('test_dcnv4', 'test_internimage'):
+        model = timm.create_model(name).eval()
+        found = record_sampling(model, torch.randn(1, 3, 64, 64))
+        assert [layer.stage for layer in found] == sorted(layer.stage for layer in found)
+        assert {layer.stage for layer in found} == {0, 1, 2, 3}
+        assert [layer.size for layer in found if layer.stage == 1] == [(8, 8)] * sum(
+            layer.stage == 1 for layer in found
+        )
+    torch.testing.assert_close(found[0].mask.sum(-1), torch.ones_like(found[0].mask[..., 0]))
 
 
 def heaviest(points, count=1):

@@ -37,9 +37,9 @@ def use_deform_attn(model: nn.Module) -> nn.Module:
     """
     found = False
     for module in list(model.modules()):
-        file = sys.modules[type(module).__module__]
-        if not file.__name__.startswith('transformers.models.'):
+        if not type(module).__module__.startswith('transformers.models.'):
             continue
+        file = sys.modules[type(module).__module__]
         for name, child in module.named_children():
             if type(child).__name__ == _LAYER:
                 setattr(module, name, MultiScaleDeformableAttention().train(child.training))

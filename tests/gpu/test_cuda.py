@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dcnzoo.ops import available_backends, dcnv4, use_backend
+from dcnzoo.ops import available_backends, dcnv4, deform_attn, use_backend
+from tests.ops import attention
 from tests.ops.cases import CASES, TOLERANCE, Case, answer, check, error, run
 
 pytestmark = [
@@ -108,3 +109,33 @@ def test_more_elements_than_fit_32_bits(backend):
     assert output.numel() > 2**31
     alone = dcnv4(value[:1].contiguous(), offset_mask[:1].contiguous(), groups=1)
     assert torch.equal(output[-1:], alone) and torch.equal(output[:1], alone)
+
+
+@pytest.mark.parametrize('deterministic', [False, True], ids=['default', 'deterministic'])
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('case', attention.CASES, ids=lambda case: case.name)
+def test_attention(backend, poisoned, case, dtype, deterministic):
+    operands = case.operands(dtype, 'cuda')
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        results = attention.run(case.shapes, *operands)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    answer = attention.answer(case.shapes, *(operand.cpu() for operand in operands))
+    attention.check([result.cpu() for result in results], answer, dtype)
+
+
+def test_attention_in_a_graph_wants_no_host(backend):
+    """Sizes given as pairs are not read back, so that a call can be captured; Triton reads them from the GPU."""
+    if backend == 'triton':
+        pytest.skip('it copies the sizes to the GPU')
+    case = attention.Case('plain')
+    operands = case.operands(torch.float16, 'cuda')[:3]
+    expected = deform_attn(operands[0], case.shapes, *operands[1:])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = deform_attn(operands[0], case.shapes, *operands[1:])
+    output.zero_()
+    graph.replay()
+    assert torch.equal(output, expected)

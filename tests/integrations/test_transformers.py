@@ -1,5 +1,7 @@
 """Detectors and segmenters of transformers, small and random, before and after their attention is replaced."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -107,6 +109,18 @@ def test_outputs_and_gradients_stay(build, monkeypatch):
 def test_a_model_without_deformable_attention():
     with pytest.raises(ValueError, match='Linear has no multi-scale deformable attention of transformers'):
         use_deform_attn(torch.nn.Linear(2, 2))
+
+
+def test_the_call_is_that_of_the_kernel_layer():
+    from transformers.models.deformable_detr import modeling_deformable_detr
+
+    theirs, ours = (
+        inspect.signature(layer.forward).parameters
+        for layer in (modeling_deformable_detr.MultiScaleDeformableAttention, MultiScaleDeformableAttention)
+    )
+    assert [(name, parameter.kind) for name, parameter in ours.items()] == [
+        (name, parameter.kind) for name, parameter in theirs.items()
+    ]
 
 
 def test_layer_takes_shapes_as_tensor_or_pairs():

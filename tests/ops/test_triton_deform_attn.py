@@ -20,7 +20,7 @@ KERNELS = '_forward_kernel', '_backward_kernel', '_ordered_kernel'
 CASE = Case('detr', depth=32, heads=8)
 # Interpreted, a kernel takes seconds: most cases are left to `slow`.
 SELECTIONS = {
-    'some': 'triton and ((test_output and float32 and (plain or depth_33)) or edges or nan-weights) or deterministic',
+    'some': 'triton and ((test_output and float32 and (plain or depth_33)) or edges or weights-nan) or deterministic',
     'all': 'triton or deterministic',
 }
 
