@@ -18,9 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import MultiScaleDeformableAttention
-from ..ops import deform_attn
-
-_LAYER = 'MultiScaleDeformableAttention'
 
 
 def use_deform_attn(model: nn.Module) -> nn.Module:
@@ -41,7 +38,7 @@ def use_deform_attn(model: nn.Module) -> nn.Module:
             continue
         file = sys.modules[type(module).__module__]
         for name, child in module.named_children():
-            if type(child).__name__ == _LAYER:
+            if type(child).__name__ == 'MultiScaleDeformableAttention':
                 setattr(module, name, MultiScaleDeformableAttention().train(child.training))
                 found = True
         if type(module).__name__.endswith('MultiscaleDeformableAttention'):
@@ -63,12 +60,19 @@ def _replace(file, name: str, replace: Callable[[Callable], Callable]) -> None:
         getattr(file, name)._dcnzoo = True
 
 
+_LAYER = MultiScaleDeformableAttention()
+
+
+def _attend(value: Tensor, shapes, sampling_locations: Tensor, attention_weights: Tensor) -> Tensor:
+    return _LAYER(value, None, shapes, None, sampling_locations, attention_weights)
+
+
 def _first_version(original: Callable) -> Callable:
     @functools.wraps(original)
     def multi_scale_deformable_attention(
         value: Tensor, value_spatial_shapes, sampling_locations: Tensor, attention_weights: Tensor
     ) -> Tensor:
-        return deform_attn(value, value_spatial_shapes, sampling_locations, attention_weights)
+        return _attend(value, value_spatial_shapes, sampling_locations, attention_weights)
 
     return multi_scale_deformable_attention
 
@@ -89,7 +93,7 @@ def _second_version(original: Callable) -> Callable:
             return original(value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list, method)
         if len(set(num_points_list)) == 1:
             per_level = (len(num_points_list), num_points_list[0])
-            return deform_attn(
+            return _attend(
                 value,
                 value_spatial_shapes,
                 sampling_locations.unflatten(3, per_level),
@@ -104,10 +108,7 @@ def _second_version(original: Callable) -> Callable:
             strict=True,
         )
         return torch.stack(
-            [
-                deform_attn(part, [shape], where.unsqueeze(3), weights.unsqueeze(3))
-                for part, shape, where, weights in levels
-            ]
+            [_attend(part, [shape], where.unsqueeze(3), weights.unsqueeze(3)) for part, shape, where, weights in levels]
         ).sum(0)
 
     return multi_scale_deformable_attention_v2

@@ -1,5 +1,6 @@
 """Multi-scale deformable attention as a layer without parameters, called as detectors' kernel layers are."""
 
+import torch
 from torch import Tensor, nn
 
 from ..ops import deform_attn
@@ -29,7 +30,8 @@ class MultiScaleDeformableAttention(nn.Module):
             value_spatial_shapes: (height, width) of each level, an integer tensor (L, 2).
             value_spatial_shapes_list: The same as pairs of ints, which is what is read where it is given.
             level_start_index: Ignored, since it follows from the shapes.
-            sampling_locations: (N, queries, M, L, points, 2) as (x, y) in [0, 1].
+            sampling_locations: (N, queries, M, L, points, 2) as (x, y) in [0, 1]. Beside a value of full precision
+                these and the weights may be narrower, as autocast leaves them: they are widened.
             attention_weights: (N, queries, M, L, points).
             im2col_step: Ignored; it is a size of the published kernel's work.
 
@@ -41,4 +43,7 @@ class MultiScaleDeformableAttention(nn.Module):
             TypeError: A dtype or the type of an argument does not fit.
         """
         shapes = value_spatial_shapes if value_spatial_shapes_list is None else value_spatial_shapes_list
+        if value.dtype in (torch.float32, torch.float64):
+            sampling_locations = sampling_locations.to(value.dtype)
+            attention_weights = attention_weights.to(value.dtype)
         return deform_attn(value, shapes, sampling_locations, attention_weights)

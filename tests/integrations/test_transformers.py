@@ -95,8 +95,9 @@ def test_outputs_and_gradients_stay(build, monkeypatch):
     expected = outputs()
     assert len(expected) > 2
     calls = []
-    for module in ('dcnzoo.layers.deform_attn', 'dcnzoo.integrations.transformers'):
-        monkeypatch.setattr(f'{module}.deform_attn', lambda *operands: calls.append(1) or deform_attn(*operands))
+    monkeypatch.setattr(
+        'dcnzoo.layers.deform_attn.deform_attn', lambda *operands: calls.append(1) or deform_attn(*operands)
+    )
     assert use_deform_attn(model) is model
     actual = outputs()
     assert calls, 'the operator was not called'
@@ -132,3 +133,5 @@ def test_layer_takes_shapes_as_tensor_or_pairs():
     assert expected.shape == (1, 3, 16)
     assert torch.equal(layer(value, torch.tensor(shapes), None, start, where, weights), expected)
     assert not list(layer.state_dict())
+    mixed = layer(value, None, shapes, start, where.bfloat16(), weights)  # what autocast may leave
+    assert mixed.dtype == torch.float32 and error(mixed, expected) < 0.1
