@@ -97,13 +97,14 @@ $(VENV)/.native: setup.py $(wildcard csrc/*.* csrc/*/*.*) | $(VENV)/.torch
 	$(BIN)/python setup.py --quiet build_ext --inplace --force
 	@touch $@
 
-# The lower bounds of pyproject.toml themselves. What is compiled here serves every later PyTorch too.
+# The lower bounds of pyproject.toml themselves, and a NumPy that the interpreter of the Triton beside them knows. What is
+# compiled here serves every later PyTorch too.
 $(VENV)-lowest/.installed: setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 	@echo '==> Installing the oldest supported versions in $(VENV)-lowest'
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install uv
 	$(VENV)-lowest/bin/uv pip install --python $(VENV)-lowest/bin/python --resolution lowest-direct \
-		--requirements pyproject.toml --extra test 'setuptools>=77' ninja
+		--requirements pyproject.toml --extra test 'setuptools>=77' ninja 'numpy<2.4'
 	$(VENV)-lowest/bin/python setup.py --quiet build_ext --inplace --force
 	@touch $@
 

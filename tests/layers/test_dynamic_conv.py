@@ -7,7 +7,7 @@ import math
 import pytest
 import timm.layers
 import torch
-from timm.models import reparameterize_model
+from timm.utils.model import reparameterize_model
 from torch import nn
 from torch.testing import assert_close
 

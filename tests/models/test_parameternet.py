@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from timm.models import reparameterize_model
+from timm.utils.model import reparameterize_model
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
