@@ -8,6 +8,7 @@
     python -m benchmarks dcnv3                             DCNv3 beside the published composition on a CPU
     python -m benchmarks deform_attn                       deformable attention beside that of transformers
     python -m benchmarks dynamic_conv --batch 8            DynamicConv2d beside timm's CondConv2d
+    python -m benchmarks yolo --imgsz 320                  YOLO models with our blocks beside the stock ones
     python -m benchmarks experts --data FLOWERS            ParameterNet trained with 1 and with 4 experts
     python -m benchmarks accuracy --data FLOWERS           dcnv4_atto and networks of its size, trained
 
@@ -20,22 +21,25 @@ from pathlib import Path
 
 import torch
 
-from . import accuracy, dcnv3, deform_attn, dynamic_conv, experts, model, op, report
+from . import accuracy, dcnv3, deform_attn, dynamic_conv, experts, model, op, report, yolo
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog='python -m benchmarks', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    tables = ['op', 'model', 'train', 'dcnv3', 'deform_attn', 'dynamic_conv', 'experts', 'accuracy']
+    tables = ['op', 'model', 'train', 'dcnv3', 'deform_attn', 'dynamic_conv', 'yolo', 'experts', 'accuracy']
     parser.add_argument('table', choices=tables)
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
     parser.add_argument('--peers', nargs='+', metavar='NAME', help='what to measure beside dcnzoo')
     parser.add_argument(
-        '--threads', nargs='+', type=int, metavar='N', help='CPU threads (op, dcnv3, deform_attn: 1, else all)'
+        '--threads', nargs='+', type=int, metavar='N', help='CPU threads (op, dcnv3, deform_attn, yolo: 1, else all)'
     )
     parser.add_argument(
-        '--batch', type=int, metavar='N', help='images (op: 1, cuda: 64; dcnv3, deform_attn: 1; else 8, cuda: 64)'
+        '--batch',
+        type=int,
+        metavar='N',
+        help='images (op: 1, cuda: 64; dcnv3, deform_attn: 1; yolo: 4; else 8, cuda: 64)',
     )
     parser.add_argument('--model', default='dcnv4_tiny', metavar='NAME', help='our model (model and train)')
     parser.add_argument('--dtypes', nargs='+', default=['float32'], choices=['float32', 'bfloat16', 'float16'])
@@ -43,6 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=7, metavar='N', help='turns of each peer (default 7)')
     parser.add_argument('--seconds', type=float, default=0.2, metavar='S', help='length of a turn (default 0.2)')
     parser.add_argument('--layouts', nargs='+', default=list(dynamic_conv.LAYOUTS), choices=dynamic_conv.LAYOUTS)
+    parser.add_argument('--imgsz', type=int, default=640, metavar='N', help='side of the images (yolo: 640)')
     training = parser.add_argument_group('experts and accuracy')
     training.add_argument('--data', metavar='DIR', help='image folder with train/ and val/')
     training.add_argument('--experts', nargs='+', type=int, default=[1, 4], metavar='N')
@@ -81,6 +86,9 @@ def main() -> int:
     elif options.table == 'deform_attn':
         options.batch, options.threads = options.batch or 1, options.threads or [1]
         deform_attn.run(options)
+    elif options.table == 'yolo':
+        options.batch, options.threads = options.batch or 4, options.threads or [1]
+        yolo.run(options)
     elif options.table == 'dynamic_conv':
         dynamic_conv.run(options)
     elif options.table == 'experts':

@@ -38,8 +38,8 @@ class DynamicConv(layers.DynamicConv2d):
 class DCNv4(layers.DCNv4):
     """`dcnzoo.layers.DCNv4` on (N, C, H, W) maps, in 4 groups where the width allows."""
 
-    def __init__(self, channels: int, kernel_size=3, stride=1, pad=1, dilation=1, group: int | None = None):
-        super().__init__(channels, kernel_size, stride, pad, dilation, group or math.gcd(channels, 4))
+    def __init__(self, channels: int, group: int | None = None):
+        super().__init__(channels, group=group or math.gcd(channels, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) to (N, C, Ho, Wo)."""
@@ -47,7 +47,7 @@ class DCNv4(layers.DCNv4):
 
 
 class DCNv4Conv(nn.Module):
-    """DCNv4 in place of a plain Conv row: to the new width by a 1x1 convolution, DCNv4, normalisation, activation.
+    """`dcnzoo.layers.DCNv4Conv2d` in place of a plain Conv row, with normalisation and activation behind it.
 
     Args:
         c1: Channels of the input.
@@ -55,21 +55,21 @@ class DCNv4Conv(nn.Module):
         k: Size of the sampling grid.
         s: Stride.
         p: Padding in pixels; None for as much as keeps the size at stride 1.
-        g: Number of groups of channels that share offsets; 1 for 4 where the width allows.
+        g: Number of groups of channels that the projections keep apart.
         d: Dilation.
         act: True for the activation of ultralytics' Conv, a module for that one, else none.
     """
 
     def __init__(self, c1, c2, k=3, s=1, p=None, g=1, d=1, act=True):
         super().__init__()
-        self.proj = nn.Identity() if c1 == c2 else Conv(c1, c2, 1)
-        self.dcn = DCNv4(c2, k, s, d * (k - 1) // 2 if p is None else p, d, _groups(g))
+        pad = d * (k - 1) // 2 if p is None else p
+        self.conv = layers.DCNv4Conv2d(c1, c2, k, s, pad, d, g, bias=False)
         self.bn = nn.BatchNorm2d(c2)
         self.act = Conv.default_act if act is True else act if isinstance(act, nn.Module) else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, c1, H, W) to (N, c2, Ho, Wo)."""
-        return self.act(self.bn(self.dcn(self.proj(x))))
+        return self.act(self.bn(self.conv(x)))
 
 
 class Bottleneck_DCNv4(nn.Module):

@@ -22,6 +22,7 @@ from ultralytics.utils import dist
 from ... import layers
 from . import blocks
 
+# The blocks by their names in YAML files.
 BLOCKS: dict[str, type[nn.Module]] = {
     'C2f_DCNv4': blocks.C2f_DCNv4,
     'C2f_DynamicConv': blocks.C2f_GhostModule_DynamicConv,  # as the YAML files that circulate call it
@@ -34,7 +35,6 @@ BLOCKS: dict[str, type[nn.Module]] = {
     'DynamicConv': blocks.DynamicConv,
     'TimmBackbone': blocks.TimmBackbone,
 }
-"""The blocks by their names in YAML files."""
 
 # The stock module that takes a block's arguments. Not Conv for convolutions: parse_model sets an attribute of it.
 _PARSED_AS = {
@@ -213,4 +213,4 @@ def _registering(stock: types.FunctionType) -> types.FunctionType:
 def _modules() -> list[type[nn.Module]]:
     """The classes that checkpoints with our blocks name, for loading that admits no others."""
     own = [value for value in vars(blocks).values() if isinstance(value, type) and value.__module__ == blocks.__name__]
-    return [*own, layers.CondConv2d]
+    return [*own, layers.CondConv2d, layers.DCNv4, layers.DCNv4Conv2d]

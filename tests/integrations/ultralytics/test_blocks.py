@@ -127,7 +127,15 @@ def test_stride_and_padding_of_plain_rows():
     assert isinstance(blocks.DCNv4Conv(8, 16, act=False).act, nn.Identity)
 
 
-@pytest.mark.parametrize('name', ('C2f_DCNv4', 'C3k2_DCNv4', 'C3k2_DynamicConv', 'DCNv4Conv'))
+def test_plain_rows_of_dcnv4_learn_from_the_start():
+    """Layers that all start at zero, as the published one does, would stop each other's gradients."""
+    stack = nn.Sequential(*(blocks.DCNv4Conv(8, 8) for _ in range(3)))
+    stack(torch.randn(2, 8, 9, 9)).square().sum().backward()
+    projections = [parameter for name, parameter in stack.named_parameters() if 'offset_mask' not in name]
+    assert all(parameter.grad.abs().sum() > 0 for parameter in projections)
+
+
+@pytest.mark.parametrize('name', ('C2f_DCNv4', 'C3k2_DCNv4', 'C3k2_DynamicConv'))
 def test_groups_that_do_not_fit(name):
     with pytest.raises(ValueError, match='must be a positive int, got True'):
         getattr(blocks, name)(16, 32, g=True)
