@@ -107,7 +107,7 @@ def run(options: Namespace) -> None:
                 result.model,
                 f'{result.params / 1e6:.2f}',
                 f'{1e3 * result.inference.median:.0f}',
-                f'{result.training.median:.2f}',
+                f'{result.training.median:.3f}',
             ]
             for result in results
         ],

@@ -85,7 +85,8 @@ def test_a_parser_that_lists_other_modules_is_refused(monkeypatch):
 
 def test_misspelt_blocks_and_wrong_arguments_name_the_row():
     def parse(*row):
-        config = {'nc': 1, 'backbone': [[-1, 1, 'Conv', [8, 3, 2]], [-1, 1, *row]], 'head': [[-1, 1, 'Detect', ['nc']]]}
+        backbone = [[-1, 1, 'Conv', [8, 3, 2]], [-1, 1, *row]]
+        config = {'nc': 1, 'scale': 'n', 'backbone': backbone, 'head': [[-1, 1, 'Detect', ['nc']]]}
         tasks.parse_model(config, ch=3, verbose=False)
 
     with pytest.raises(ValueError, match="row 1 of the backbone: there is no block 'C2f_DCNV4'; did you mean C2f"):
