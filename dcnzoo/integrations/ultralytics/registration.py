@@ -212,5 +212,6 @@ def _registering(stock: types.FunctionType) -> types.FunctionType:
 
 def _modules() -> list[type[nn.Module]]:
     """The classes that checkpoints with our blocks name, for loading that admits no others."""
-    own = [value for value in vars(blocks).values() if isinstance(value, type) and value.__module__ == blocks.__name__]
-    return [*own, layers.CondConv2d, layers.DCNv4, layers.DCNv4Conv2d]
+    named = [*vars(blocks).values(), *vars(layers).values()]
+    classes = [value for value in named if isinstance(value, type) and issubclass(value, nn.Module)]
+    return [value for value in classes if value.__module__.startswith('dcnzoo.')]

@@ -1,8 +1,6 @@
 """Real trainings, on photos where they are at hand: from the first step to the exported file."""
 
 import copy
-import re
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -21,7 +19,6 @@ from dcnzoo.integrations.ultralytics import blocks, model_config
 from .conftest import SETTINGS
 from .test_configs import PAIRS
 
-README = Path(__file__).parents[3] / 'README.md'
 QUICK = [('yolo11', 'c3k2-dcnv4'), ('yolov8', 'dynamicconv')]
 ALL = [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in PAIRS]
 
@@ -106,18 +103,6 @@ def test_goes_on_after_an_interruption_and_from_weights(train, images, tmp_path)
     tuned = YOLO(last)
     tuned.train(**settings, epochs=1, name='tuned')
     assert type(tuned.model.model[1]) is blocks.DynamicConv
-
-
-@pytest.mark.skipif(not README.is_file(), reason='needs the source tree')
-def test_the_readme_shows_what_runs(images, tmp_path, monkeypatch):
-    (code,) = re.findall(r'^```py\n(.*?)^```$', README.read_text(encoding='utf-8'), re.MULTILINE | re.DOTALL)
-    shown = "data='coco8.yaml', epochs=100"
-    assert shown in code
-    YOLO('yolo11n.yaml').save(tmp_path / 'yolo11n.pt')
-    monkeypatch.chdir(tmp_path)
-    settings = {**SETTINGS, 'data': images(), 'epochs': 1, 'fraction': 0.2, 'project': str(tmp_path / 'runs')}
-    exec(code.replace(shown, '**settings'), {'settings': settings})
-    assert list(tmp_path.rglob('best.pt'))
 
 
 def test_timm_backbone_trains_and_exports(train):
