@@ -7,6 +7,7 @@ import tempfile
 
 import pytest
 import torch
+from PIL import Image
 
 from .hub_server import HubServer
 
@@ -33,6 +34,14 @@ os.environ |= {
 }
 for _name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'HF_HUB_CACHE', 'HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE'):
     os.environ.pop(_name, None)
+
+_open_image = Image.open
+
+
+@pytest.fixture(autouse=True)
+def pillow(monkeypatch):
+    """Gives Pillow its own `open` back, for which ultralytics puts one that wants packages for what it cannot read."""
+    monkeypatch.setattr(Image, 'open', _open_image)
 
 
 @pytest.fixture
