@@ -18,7 +18,8 @@ def make(folder: Path, task: str, train: int = 24, val: int = 6) -> str:
     if task == 'detect' and PHOTOS is not None and PHOTOS.is_dir():
         return copy_photos(folder, train, val)
     rng = np.random.default_rng(0)
-    for split, count in (('train', train), ('val', val)):
+    # Noise with rectangles takes more steps than photos until a loss falls.
+    for split, count in (('train', 4 * train if task == 'detect' else train), ('val', val)):
         for index in range(count):
             draw(folder, split, index, task, rng)
     if task == 'classify':
