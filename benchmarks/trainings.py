@@ -1,4 +1,7 @@
-"""Trainings whose results are compared: each a process of the trainer, some at a time if asked for."""
+"""Trainings whose results are compared: each a process of the trainer, some at a time if asked for.
+
+Runs that an earlier comparison left in the same folder are continued, finished ones only read.
+"""
 
 import csv
 import json
@@ -23,7 +26,7 @@ def train(config: str, name: str, seed: int, arguments: Iterable[object], option
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [
         *(sys.executable, '-m', 'dcnzoo.train', '--config', config, '--data.root', options.data),
-        *('--run.output', folder, '--run.overwrite', 'true', '--run.seed', seed, '--run.trackers', '[]'),
+        *('--run.output', folder, '--resume', 'auto', '--run.seed', seed, '--run.trackers', '[]'),
         *(['--schedule.epochs', options.epochs] if options.epochs else []),
         *(['--schedule.warmup_epochs', 0] if options.epochs and options.epochs < 5 else []),
         *(['--run.cpu', 'true'] if options.device == 'cpu' else []),
@@ -40,8 +43,8 @@ def train(config: str, name: str, seed: int, arguments: Iterable[object], option
 
 
 def every(choices: Iterable, options: Namespace, run: Callable[[object, int], Result]) -> list[Result]:
-    """Results of `run(choice, seed)` for all seeds of all choices, in the order of the choices."""
-    jobs = [(choice, seed) for choice in choices for seed in options.seeds]
+    """Results of `run(choice, seed)`, all choices with the first seed, then all with the next."""
+    jobs = [(choice, seed) for seed in options.seeds for choice in choices]
     with ThreadPoolExecutor(options.jobs) as pool:
         return list(pool.map(lambda job: run(*job), jobs))
 

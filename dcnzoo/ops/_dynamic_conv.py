@@ -135,27 +135,43 @@ def _convolve(
     groups: int,
 ) -> Tensor:
     """Convolves a few samples after another where that keeps what it works on in the caches, otherwise all at once."""
-    n = x.shape[0]
+    n, few = x.shape[0], x.shape[0]
+    if n > 1 and x.device.type == 'cpu' and not _is_recorded():
+        few = _samples_at_once(x, weight, kernel_size, stride, padding, groups)
+    if n <= few:
+        return _convolve_few(x, weight, routing, bias, kernel_size, stride, padding, dilation, groups)
+    outs: list[Tensor] = []
+    for part, shares in zip(x.split(few), routing.split(few)):  # noqa: B905 - TorchScript's zip is never strict
+        outs.append(_convolve_few(part, weight, shares, bias, kernel_size, stride, padding, dilation, groups))
+    return torch.cat(outs)
+
+
+def _convolve_few(
+    x: Tensor,
+    weight: Tensor,
+    routing: Tensor,
+    bias: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
     if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles whatever stands behind an `and`
         if _multiplies_singly(x, weight, kernel_size, stride, padding, groups):
             return _multiply_singly(x, weight, routing, bias, stride)
-    if n <= 1 or x.device.type != 'cpu' or _is_recorded():
-        return _convolve_together(x, weight, routing, bias, kernel_size, stride, padding, dilation, groups)
-    few = _samples_at_once(x, weight, kernel_size, stride, padding, groups)
-    if n <= few:
-        return _convolve_together(x, weight, routing, bias, kernel_size, stride, padding, dilation, groups)
-    outs: list[Tensor] = []
-    for part, shares in zip(x.split(few), routing.split(few)):  # noqa: B905 - TorchScript's zip is never strict
-        outs.append(_convolve_together(part, weight, shares, bias, kernel_size, stride, padding, dilation, groups))
-    return torch.cat(outs)
+    return _convolve_together(x, weight, routing, bias, kernel_size, stride, padding, dilation, groups)
 
 
 def _multiplies_singly(x, weight, kernel_size, stride, padding, groups) -> bool:
     """Whether these are products of matrices that `linear` computes faster than PyTorch, which batches all of them."""
-    if x.shape[0] < 1 or torch.jit.is_tracing() or not _is_matrix_product(kernel_size, padding, groups):
+    n = x.shape[0]
+    if n < 1 or torch.jit.is_tracing() or _is_recorded() or not _is_matrix_product(kernel_size, padding, groups):
         return False
-    pixels = (x.shape[2] // stride[0]) * (x.shape[3] // stride[1])
-    return gains(x, weight, pixels * weight.shape[1])
+    products = (x.shape[2] // stride[0]) * (x.shape[3] // stride[1]) * weight.shape[1]
+    if n > 1 and torch.get_num_threads() > 1:  # they share out one product, or more easily a batch of them
+        products //= 2 * torch.get_num_threads()
+    return gains(x, weight, products)
 
 
 def _multiply_singly(x, weight, routing, bias, stride) -> Tensor:
@@ -178,23 +194,26 @@ def _multiply_singly(x, weight, routing, bias, stride) -> Tensor:
 def _samples_at_once(
     x: Tensor, weight: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], groups: int
 ) -> int:
-    """How many samples' kernels, and maps where they are copied to another layout, to hold at a time on a CPU.
+    """How many samples to convolve at a time on a CPU, chosen by measurement with the layers of ParameterNet.
 
-    Chosen by measurement with the layers of ParameterNet. A product of matrices copies no maps. Convolutions of several
-    samples as one work on copies, which cost less in channels_last, yet more than there is to gain for large maps and
-    for dense kernels.
+    The fewer, the more of the maps and of the mixed kernels stays in the caches, and from 32 MiB on the allocator asks
+    the system for fresh pages each time; the more, the fewer calls and copies. Backwards there is more to hold.
     """
-    channels, taps = x.shape[1], kernel_size[0] * kernel_size[1]
-    kernel = weight.shape[1]
-    if _is_matrix_product(kernel_size, padding, groups):
-        return max(1, (1 << 21) // kernel)
-    pixels = x.shape[2] * x.shape[3]
+    n, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+    taps, kernel = kernel_size[0] * kernel_size[1], weight.shape[1]
+    multiplies = _is_matrix_product(kernel_size, padding, groups)
+    if groups < channels and not multiplies and _is_channels_last(x):
+        return 1  # several would be copied to the other layout
     out_channels = kernel * groups // (channels * taps)
-    values = kernel + channels * pixels + out_channels * (pixels // (stride[0] * stride[1]))
-    least = 4 if _is_trained(x) and groups == channels else 1
-    if not _is_channels_last(x):
-        return max(2, least, (1 << 21) // values)
-    return max(least, (1 << 19) // values) if groups == channels else 1
+    values = max(channels * pixels, out_channels * (pixels // (stride[0] * stride[1])))
+    few = (3 << 19 if _is_trained(x) else 3 << 21) // values
+    if multiplies:
+        few = min(few, (1 << 21) // kernel)
+    elif taps > 9 and _is_channels_last(x) and _is_trained(x):
+        few = 2  # the time of the kernels' gradient grows with the square of the channels
+    few = max(few, 2)
+    parts = (n + few - 1) // few
+    return (n + parts - 1) // parts
 
 
 def _is_matrix_product(kernel_size: list[int], padding: list[int], groups: int) -> bool:
@@ -268,9 +287,8 @@ def _convolve_together(
     kernels = kernels.view(n * out_channels, channels // groups, kernel_size[0], kernel_size[1])
     if biases is not None:
         biases = biases.view(n * out_channels)
-    if channels_last and groups == channels and not _is_trained(x):
-        # Rows of n * channels values keep a depthwise convolution's fast layout: only whole pixels are moved. Backwards
-        # oneDNN is slow in it.
+    if channels_last and groups == channels:
+        # Rows of n * channels values keep a depthwise convolution's fast layout: only whole pixels are moved.
         folded = x.permute(2, 3, 0, 1).reshape(1, x.shape[2], x.shape[3], n * channels).permute(0, 3, 1, 2)
     else:
         folded = x.reshape(1, n * channels, x.shape[2], x.shape[3])

@@ -131,26 +131,31 @@ def test_a_few_samples_at_a_time(case, few, channels_last, monkeypatch):
         assert error(gradient, want) < 1e-12
 
 
+POINTWISE = {'kernel_size': 1, 'padding': 0}
+
+
 @pytest.mark.parametrize(
-    ('case', 'samples'),
+    ('case', 'inference', 'training'),
     [
-        (Case('wide', 5, 512, 1024, 3, 2, arguments={'kernel_size': 1, 'padding': 0}), {False: 4, True: 4}),
-        (Case('narrow', 5, 64, 64, 56, 56, arguments={'kernel_size': 1, 'padding': 0}), {False: 512, True: 512}),
-        (Case('large', 5, 4, 4, 260, 256, arguments={'groups': 4}), {False: 3, True: 1}),
-        (Case('larger', 3, 16, 16, 256, 256, arguments={'groups': 16}), {False: 2, True: 1}),
-        (Case('small', 5, 6, 6, 9, 8, arguments={'groups': 6}), {False: 2284, True: 571}),
+        (Case('wide', 5, 512, 1024, 3, 2, arguments=POINTWISE), (3, 3), (3, 3)),
+        (Case('narrow', 10, 64, 64, 56, 56, arguments=POINTWISE), (10, 10), (5, 5)),
+        (Case('large', 3, 8, 48, 128, 128, arguments={'groups': 4}), (3, 1), (2, 1)),
+        (Case('larger', 3, 48, 48, 256, 256, arguments={'groups': 48}), (2, 2), (2, 2)),
+        (Case('small', 5, 6, 6, 9, 8, arguments={'groups': 6}), (5, 5), (5, 5)),
+        (Case('5x5', 5, 6, 6, 9, 8, arguments={'groups': 6, 'kernel_size': 5, 'padding': 2}), (5, 5), (5, 2)),
     ],
     ids=lambda case: getattr(case, 'name', ''),
 )
 @pytest.mark.parametrize('channels_last', [False, True], ids=['contiguous', 'channels_last'])
-@torch.no_grad()
-def test_how_many_samples_at_a_time(case, samples, channels_last):
+def test_how_many_samples_at_a_time(case, inference, training, channels_last):
     x, weight, routing, bias = case.operands(torch.float32, channels_last)
     sizes = [pair(case.geometry[name]) for name in ('kernel_size', 'stride', 'padding')]
-    assert _dynamic_conv._samples_at_once(x, weight, *sizes, case.geometry['groups']) == samples[channels_last]
-    output = dynamic_conv2d(x, weight, routing, bias, **case.geometry)
-    assert error(output, case.expected(x, weight, routing, bias)) < TOLERANCE[torch.float32]
-    assert output.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    for expected in (inference, training):
+        x.requires_grad_(expected is training)
+        assert _dynamic_conv._samples_at_once(x, weight, *sizes, case.geometry['groups']) == expected[channels_last]
+        output = dynamic_conv2d(x, weight, routing, bias, **case.geometry)
+        assert error(output, case.expected(x, weight, routing, bias)) < TOLERANCE[torch.float32]
+        assert output.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 @pytest.mark.parametrize('name', ['plain', 'pointwise_bias', 'depthwise_stride', 'one_sample', 'groups'])
