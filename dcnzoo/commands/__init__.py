@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings(), _quiet_libraries():
         warnings.showwarning = _show_warning
         warnings.filterwarnings('ignore', 'Not enough free disk space')  # an error says so, if it is so
+        warnings.filterwarnings('ignore', 'Palette images with Transparency')  # it is left out anyway
         warnings.simplefilter('ignore', DeprecationWarning)  # between libraries, nothing a user can do
         return _run(args)
 

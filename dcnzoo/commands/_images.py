@@ -51,5 +51,5 @@ def read_image(path: Path, mode: str = 'RGB') -> Image.Image:
         raise CommandError(f'{path}: there is no such file') from error
     except OSError as error:
         raise CommandError(f'{path}: {error.strerror or error}') from error
-    except (ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # damage may raise anything in a decoder, struct.error for instance
         raise CommandError(f'{path}: damaged, or not an image: {error}') from error

@@ -110,7 +110,7 @@ def check_registered(name: str) -> None:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """'; did you mean a, b?' with the names most like one, or nothing."""
-    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), list(names), n=3, cutoff=0.5)
     return f'; did you mean {" or ".join(close)}?' if close else ''
 
 

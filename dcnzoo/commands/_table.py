@@ -17,7 +17,7 @@ class Table:
             self._table.add_column(heading.lstrip('>'), justify='right' if right else 'left', overflow='fold')
 
     def add(self, *cells: str, style: str | None = None) -> None:
-        self._table.add_row(*(Text(cell) for cell in cells), style=style)
+        self._table.add_row(*(Text(_printable(cell)) for cell in cells), style=style)
 
     def print(self) -> None:
         if sys.stdout.isatty():
@@ -27,3 +27,9 @@ class Table:
         with console.capture() as capture:
             console.print(self._table)
         print('\n'.join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def _printable(text: str) -> str:
+    """Escapes what standard output cannot encode, such as bytes in a file's name that are not UTF-8."""
+    encoding = sys.stdout.encoding or 'utf-8'
+    return text.encode(encoding, 'backslashreplace').decode(encoding)

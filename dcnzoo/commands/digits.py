@@ -37,13 +37,18 @@ def export(folder: Path, holdout: Path) -> dict[Path, int]:
         The number of images written by folder.
 
     Raises:
-        CommandError: scikit-learn is not installed, or a folder to be made exists.
+        CommandError: scikit-learn is not installed, a folder to be made exists, or one lies in another.
     """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise CommandError('the digits come with scikit-learn: pip install scikit-learn') from error
     splits = {'holdout': holdout, 'val': folder / 'val', 'train': folder / 'train'}
+    apart = holdout.resolve()
+    if folder.resolve().is_relative_to(apart) or any(
+        apart.is_relative_to(splits[split].resolve()) for split in ('val', 'train')
+    ):
+        raise CommandError(f'--holdout must be apart from {splits["train"]} and {splits["val"]}, got {holdout}')
     for path in splits.values():
         if path.exists():
             raise CommandError(f'{path} is there already; name another folder or remove it')

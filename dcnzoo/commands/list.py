@@ -40,6 +40,7 @@ def model_names(pattern: str | None = None) -> list[str]:
     names = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith('dcnzoo.')]
     if pattern is None:
         return [name for name in names if not name.startswith('test_')]
+    pattern = pattern.lower()
     return fnmatch.filter(names, pattern if any(c in pattern for c in '*?[') else f'*{pattern}*')
 
 

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if args.truth:
         _compare(results, class_names(model))
     if args.json:
-        print(json.dumps(results, indent=2, ensure_ascii=False))
+        print(json.dumps(results, indent=2))
     else:
         _print(results, args.truth)
     for result in results:

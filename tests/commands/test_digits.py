@@ -52,3 +52,11 @@ def test_unwritable(dcnzoo, tmp_path):
     code, out, err = dcnzoo('digits', tmp_path / 'file')
     assert (code, out, len(err)) == (1, '', 1)
     assert 'Not a directory' in err[0]
+
+
+@pytest.mark.parametrize('holdout', ('digits', 'digits/train', 'digits/val/more', '.'))
+def test_splits_that_would_mix(dcnzoo, tmp_path, holdout):
+    code, out, err = dcnzoo('digits', tmp_path / 'digits', '--holdout', tmp_path / holdout)
+    assert (code, out, len(err)) == (1, '', 1)
+    assert '--holdout must be apart from' in err[0]
+    assert not (tmp_path / 'digits').exists()

@@ -13,7 +13,7 @@ def test_table_has_a_row_per_model_but_the_miniatures(dcnzoo):
     assert 'resnet50' not in names
 
 
-@pytest.mark.parametrize('pattern', ('dcnv4_tiny', '4_tin', 'dcn*_tiny'))
+@pytest.mark.parametrize('pattern', ('dcnv4_tiny', '4_tin', 'dcn*_tiny', 'DCNv4_Tiny'))
 def test_facts(dcnzoo, pattern):
     code, out, _ = dcnzoo('list', pattern, '--json')
     assert code == 0

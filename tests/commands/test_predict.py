@@ -1,11 +1,13 @@
 import json
 import os
 import shutil
+import struct
+import sys
 
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_model_data_config
 
 from .conftest import CLASSES, noise, save
@@ -72,6 +74,32 @@ def test_bad_images_are_reported_and_the_rest_is_classified(dcnzoo, trained, pho
 
     code, out, err = dcnzoo('predict', text, '--model', trained)
     assert (code, out, err) == (1, '', [f'dcnzoo predict: {text}: not an image'])
+
+
+def test_whatever_a_decoder_raises_concerns_one_image(dcnzoo, trained, photos, monkeypatch):
+    def transpose(image):  # what Pillow raises for some damaged metadata
+        if image.filename.endswith('a.jpg'):
+            raise struct.error('required argument is not an integer')
+        return image
+
+    monkeypatch.setattr(ImageOps, 'exif_transpose', transpose)
+    code, out, err = dcnzoo('predict', photos, '--model', trained, '--json')
+    assert (code, err) == (
+        1,
+        [f'dcnzoo predict: {photos / "a.jpg"}: damaged, or not an image: required argument is not an integer'],
+    )
+    assert sum('predictions' in result for result in json.loads(out)) == 4
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='names of files are text here')
+def test_names_that_are_no_text(dcnzoo, trained, photos):
+    name = os.fsencode(photos) + b'/caf\xe9.jpg'
+    os.rename(photos / 'a.jpg', name)
+    code, out, err = dcnzoo('predict', os.fsdecode(name), '--model', trained)
+    assert (code, err) == (0, [])
+    assert 'caf\\udce9.jpg' in out
+    (result,) = json.loads(dcnzoo('predict', os.fsdecode(name), '--model', trained, '--json')[1])
+    assert os.fsencode(result['image']) == name
 
 
 def test_unreadable_file(dcnzoo, trained, photos):
