@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ('setup.py', 'pyproject.toml', 'README.md', 'LICENSE', 'csrc', 'dcnzoo')
+SOURCES = ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE', 'configs', 'csrc', 'dcnzoo')
 
 pytestmark = pytest.mark.skipif(not (ROOT / 'setup.py').is_file(), reason='building needs the source tree')
 
@@ -50,6 +51,17 @@ def wheel(tree, timeout=120, **environment):
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = (tree / 'dist').glob('*.whl')
     return built, done.stdout + done.stderr
+
+
+def sdist(tree):
+    """Makes a source distribution and unpacks it."""
+    done = run('setup.py', '--quiet', 'sdist', cwd=tree, DCNZOO_CPU='0')
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tree / 'dist').glob('*.tar.gz')
+    with tarfile.open(archive) as files:
+        files.extractall(tree.parent / 'sdist', filter='data')
+    (unpacked,) = (tree.parent / 'sdist').iterdir()
+    return unpacked
 
 
 def built(tree):
@@ -146,10 +158,18 @@ def test_dcnzoo_cpu_0_needs_no_compiler(tree):
     assert built(tree) == []
 
 
+def test_source_distribution_has_every_source(tree):
+    (tree / 'dcnzoo' / '_cpu.abi3.so').touch()
+    unpacked = sdist(tree)
+    sources = [path.relative_to(tree) for name in SOURCES for path in (tree / name, *(tree / name).rglob('*'))]
+    missing = [str(path) for path in sources if not (unpacked / path).exists() and '__pycache__' not in path.parts]
+    assert missing == ['dcnzoo/_cpu.abi3.so']
+
+
 @pytest.mark.slow
 def test_wheel(tree, tmp_path):
     """One wheel serves every Python; it has the package, the CPU library and nothing else."""
-    wheel_file, _ = wheel(tree, DCNZOO_CPU='1', timeout=900)
+    wheel_file, _ = wheel(sdist(tree), DCNZOO_CPU='1', timeout=900)
     assert wheel_file.name.split('-')[2:4] == ['cp310', 'abi3']
     with zipfile.ZipFile(wheel_file) as archive:
         names = archive.namelist()

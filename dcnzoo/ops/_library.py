@@ -38,7 +38,7 @@ for _name, _schema in _SCHEMAS.items():
     for _suffix in ('', '_triton'):
         library.define(_name + _suffix + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
-_REINSTALL = 'pip install --no-build-isolation --no-deps --force-reinstall dcnzoo'
+_REINSTALL = 'pip install --no-build-isolation --no-deps --force-reinstall .'
 
 
 def _load_native(device: str) -> str | None:
@@ -47,11 +47,11 @@ def _load_native(device: str) -> str | None:
     found = PathFinder.find_spec(f'_{device}', [str(Path(__file__).parents[1])])
     if found is None:
         needs = 'a C++ compiler' if device == 'cpu' else 'nvcc and a CUDA build of torch'
-        return f'the {device.upper()} library was not built; with {needs} installed, run `{_REINSTALL}`'
+        return f'the {device.upper()} library was not built; with {needs} installed, run `{_REINSTALL}` in a clone'
     try:
         torch.ops.load_library(found.origin)
     except (ImportError, OSError) as error:
-        return f'the {device.upper()} library does not load ({error}); rebuild it with `{_REINSTALL}`'
+        return f'the {device.upper()} library does not load ({error}); rebuild it with `{_REINSTALL}` in a clone'
     return None
 
 
