@@ -62,7 +62,7 @@ def examine() -> dict:
         'system': platform.platform(),
         'cpu': {'capability': torch.backends.cpu.get_cpu_capability(), 'threads': torch.get_num_threads()},
         'compilers': {
-            'c++': _first_line(os.environ.get('CXX') or 'c++', '--version'),
+            'c++': _first_line(_compiler(), '--version'),
             'nvcc': _last_line('nvcc', '--version'),
         },
         'cuda': {'built for': torch.version.cuda, 'driver and GPU': cuda},
@@ -75,6 +75,11 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _compiler() -> str:
+    """The compiler that an installation would take."""
+    return os.environ.get('CXX') or next(filter(shutil.which, ('c++', 'g++', 'clang++')), 'c++')
 
 
 def _output(command: str, *arguments: str) -> list[str]:
