@@ -1,6 +1,7 @@
 """Dynamic convolution: the public function, its checks, and the choice among compositions of standard operators."""
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -165,13 +166,26 @@ def _convolve_few(
 
 def _multiplies_singly(x, weight, kernel_size, stride, padding, groups) -> bool:
     """Whether these are products of matrices that `linear` computes faster than PyTorch, which batches all of them."""
-    n = x.shape[0]
-    if n < 1 or torch.jit.is_tracing() or _is_recorded() or not _is_matrix_product(kernel_size, padding, groups):
+    n, threads = x.shape[0], _threads()
+    if n < 1 or torch.jit.is_tracing() or not _is_matrix_product(kernel_size, padding, groups):
         return False
     products = (x.shape[2] // stride[0]) * (x.shape[3] // stride[1]) * weight.shape[1]
-    if n > 1 and torch.get_num_threads() > 1:  # they share out one product, or more easily a batch of them
-        products //= 2 * torch.get_num_threads()
+    if n > 1 and threads > 1:  # they share out one product, or more easily a batch of them
+        products //= 2 * threads
     return gains(x, weight, products)
+
+
+def _mix(routing: Tensor, weight: Tensor) -> Tensor:
+    """The samples' kernels, (N, E) @ (E, K) -> (N, K).
+
+    For one sample BLAS reads the experts, which is all there is to it, with a single thread: give each a part of them.
+    """
+    if routing.shape[0] == 1 and weight.device.type == 'cpu' and weight.numel() >= 1 << 17:
+        parts = math.gcd(_threads(), weight.shape[1])
+        if parts > 1:
+            experts = weight.view(weight.shape[0], parts, -1).transpose(0, 1)
+            return torch.matmul(routing, experts).view(1, -1)
+    return torch.matmul(routing, weight)
 
 
 def _multiply_singly(x, weight, routing, bias, stride) -> Tensor:
@@ -181,7 +195,7 @@ def _multiply_singly(x, weight, routing, bias, stride) -> Tensor:
     if stride[0] > 1 or stride[1] > 1:
         x = x[:, :, :: stride[0], :: stride[1]]
     height, width = x.shape[2], x.shape[3]
-    kernels = torch.matmul(routing, weight).view(n, -1, channels)
+    kernels = _mix(routing, weight).view(n, -1, channels)
     pixels = x.permute(0, 2, 3, 1).flatten(1, 2) if channels_last else x.flatten(2).transpose(1, 2)
     out = batched_linear(pixels, kernels) if channels_last else batched_linear(kernels, pixels)
     if bias is not None:
@@ -228,6 +242,14 @@ def _is_trained(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
+def _threads() -> int:
+    """Threads of an eager operation; neither TorchScript nor torch.compile can ask."""
+    if torch.jit.is_scripting() or _is_recorded():
+        return 1
+    else:
+        return torch.get_num_threads()
+
+
 def _is_recorded() -> bool:
     """Whether torch.compile or torch.export looks on, who would repeat a loop's body for every turn."""
     if torch.jit.is_scripting():
@@ -251,7 +273,7 @@ def _convolve_together(
     n, channels = x.shape[0], x.shape[1]
     taps = kernel_size[0] * kernel_size[1]
     channels_last = _is_channels_last(x)
-    kernels = torch.matmul(routing, weight)
+    kernels = _mix(routing, weight)
     out_channels = weight.shape[1] * groups // (channels * taps)
     biases: Tensor | None = None
     if bias is not None:

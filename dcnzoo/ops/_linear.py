@@ -56,7 +56,8 @@ def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         The outputs, (N, rows, out_features).
     """
-    return _BatchedLinear.apply(x, weight)
+    recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return _BatchedLinear.apply(x, weight) if recorded else _batched_product(x, weight)
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -136,7 +137,7 @@ class _BatchedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        return _stack(_product(*pair) for pair in zip(x.unbind(), weight.unbind(), strict=True))
+        return _batched_product(x, weight)
 
     @staticmethod
     def backward(ctx, grad):
@@ -145,12 +146,15 @@ class _BatchedLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated once more
             return grad @ weight, grad.transpose(1, 2) @ x
         if ctx.needs_input_grad[0]:
-            pairs = zip(grad.unbind(), weight.transpose(1, 2).unbind(), strict=True)
-            grad_x = _stack(_product(*pair) for pair in pairs)
+            grad_x = _batched_product(grad, weight.transpose(1, 2))
         if ctx.needs_input_grad[1]:
             triples = zip(x.unbind(), grad.unbind(), weight.unbind(), strict=True)
             grad_weight = _stack(_weight_gradient(*triple) for triple in triples)
         return grad_x, grad_weight
+
+
+def _batched_product(x: Tensor, weight: Tensor) -> Tensor:
+    return _stack(_product(*pair) for pair in zip(x.unbind(), weight.unbind(), strict=True))
 
 
 def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
