@@ -1,7 +1,5 @@
 """The part of timm's contract that is the same for every architecture."""
 
-from collections.abc import Iterator
-
 import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -10,18 +8,18 @@ from torch import Tensor, nn
 class Backbone(nn.Module):
     """An image classifier whose body is a row of stages, each with a feature map at its end.
 
-    A subclass defines `forward_features`, `forward_head` and the two methods without a body here, and sets `num_stages`
-    to the number of stages that it has.
+    A subclass defines `forward_head` and the two methods without a body here, and sets `num_stages` to the number of
+    stages that it has.
     """
 
     num_stages: int
 
-    def _feature_maps(self, x: Tensor) -> Iterator[Tensor]:
-        """Yields the stages' maps one after another, (N, C, H, W) each, computing them as they are asked for."""
+    def _forward_stages(self, x: Tensor, stop: int) -> list[Tensor]:
+        """The maps of the first `stop` stages, (N, C, H, W) each."""
         raise NotImplementedError
 
-    def _forward_neck(self, previous: Tensor, x: Tensor) -> Tensor:
-        """Maps the outputs of the last two stages to the map that is pooled."""
+    def _forward_neck(self, maps: list[Tensor]) -> Tensor:
+        """Makes the map that is pooled from those of all stages."""
         raise NotImplementedError
 
     @torch.jit.ignore
@@ -55,21 +53,21 @@ class Backbone(nn.Module):
         Raises:
             ValueError: `output_fmt` is another layout.
         """
-        if output_fmt not in ('NCHW', 'NHWC'):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
+        if output_fmt != 'NCHW' and output_fmt != 'NHWC':
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got '{output_fmt}'")
         take_indices, max_index = feature_take_indices(self.num_stages, indices)
-        stop = max_index + 1 if stop_early else self.num_stages
-        intermediates = []
-        previous = x
-        for i, feature in zip(range(stop), self._feature_maps(x), strict=False):
-            previous, x = x, feature
+        maps = self._forward_stages(x, max_index + 1 if stop_early else self.num_stages)
+        intermediates: list[Tensor] = []
+        for i, feature in enumerate(maps):
             if i in take_indices:
-                intermediates.append(x if output_fmt == 'NCHW' else x.permute(0, 2, 3, 1))
+                intermediates.append(feature if output_fmt == 'NCHW' else feature.permute(0, 2, 3, 1))
         if intermediates_only:
             return intermediates
-        if stop == self.num_stages:
-            x = self._forward_neck(previous, x)
-        return x, intermediates
+        return self._forward_neck(maps) if len(maps) == self.num_stages else maps[-1], intermediates
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Maps images (N, in_chans, H, W) to the map that is pooled, (N, num_features, H', W')."""
+        return self._forward_neck(self._forward_stages(x, self.num_stages))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.forward_features(x)

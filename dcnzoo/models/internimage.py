@@ -12,7 +12,7 @@ tensors whose memory is channels_last, so that no value is ever moved for the sa
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -414,44 +414,37 @@ class InternImage(Backbone):
 
         Args:
             indices: Stages to keep the outputs of: the last n for an int, those listed for a list.
-            prune_norm: Take away the layer between the last stage and the pooling.
-            prune_head: Take away the classifier and the pooling.
+            prune_norm: Take away what is behind the last stage, even where that is kept.
+            prune_head: Take it away, too.
 
         Returns:
             The stages' indices.
         """
         take_indices, max_index = feature_take_indices(self.num_stages, indices)
-        prune_conv_head = prune_norm or max_index < self.num_stages - 1
-        self.stages = self.stages[: max_index + 1]
-        self.num_stages = max_index + 1
-        if prune_conv_head:
+        if prune_norm or prune_head or max_index < self.num_stages - 1:
+            self.stages = self.stages[: max_index + 1]
+            self.num_stages = max_index + 1
             self.use_clip_projector = False
             self.conv_head = nn.Identity()
             self.num_features = self.feature_info[max_index]['num_chs']
             self.head = ClassifierHead(self.num_features, 0, pool_type='').train(self.training)
-        if prune_conv_head or prune_head:
             self.reset_classifier(0, '')
         return take_indices
 
-    def _feature_maps(self, x: Tensor) -> Iterator[Tensor]:
+    def _forward_stages(self, x: Tensor, stop: int) -> list[Tensor]:
         x = self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
-            yield x
+        maps: list[Tensor] = []
+        for i, stage in enumerate(self.stages):
+            if i < stop:
+                x = stage(x)
+                maps.append(x)
+        return maps
 
-    def _forward_neck(self, previous: Tensor, x: Tensor) -> Tensor:
+    def _forward_neck(self, maps: list[Tensor]) -> Tensor:
         if self.use_clip_projector:
-            return self.conv_head(previous, x)
+            return self.conv_head(maps[-2], maps[-1])
         else:
-            return self.conv_head(x)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Maps images (N, in_chans, H, W) to the map that is pooled, (N, num_features, H', W')."""
-        x = self.stem(x)
-        previous = x
-        for stage in self.stages:
-            previous, x = x, stage(x)
-        return self._forward_neck(previous, x)
+            return self.conv_head(maps[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools a map and classifies; with `pre_logits` only pools."""

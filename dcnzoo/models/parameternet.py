@@ -10,7 +10,7 @@ without weights.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -397,47 +397,41 @@ class ParameterNet(Backbone):
 
         Args:
             indices: Resolutions to keep: the last n for an int, those listed for a list.
-            prune_norm: Take away the layer between the last block and the pooling.
-            prune_head: Take away the head and the pooling.
+            prune_norm: Take away what is behind the last block, even where that is kept.
+            prune_head: Take it away, too.
 
         Returns:
             The resolutions' indices.
         """
         take_indices, max_index = feature_take_indices(self.num_stages, indices)
-        prune_final_conv = prune_norm or max_index < self.num_stages - 1
-        if prune_final_conv:
+        if prune_norm or prune_head or max_index < self.num_stages - 1:
             self.blocks = self.blocks[: self.stage_ends[max_index] + 1]
+            self.stage_ends = self.stage_ends[: max_index + 1]
             self.num_stages = max_index + 1
             self.num_features = self.feature_info[max_index]['num_chs']
-        if prune_final_conv or prune_head:
             self.conv_head = nn.Identity()
             self.act2 = nn.Identity()
             self.reset_classifier(0, '')
         return take_indices
 
-    def _feature_maps(self, x: Tensor) -> Iterator[Tensor]:
+    def _forward_stages(self, x: Tensor, stop: int) -> list[Tensor]:
         x = self.act1(self.bn1(self.conv_stem(x)))
-        begin = 0
-        for end in self.stage_ends[: self.num_stages]:
-            x = self._forward_blocks(self.blocks[begin : end + 1], x)
-            yield x
-            begin = end + 1
+        maps: list[Tensor] = []
+        for i, blocks in enumerate(self.blocks):
+            if i <= self.stage_ends[stop - 1]:
+                if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108 - TorchScript
+                    x = checkpoint_seq(blocks, x)
+                else:
+                    x = blocks(x)
+                if i in self.stage_ends:
+                    maps.append(x)
+        return maps
 
-    def _forward_neck(self, previous: Tensor, x: Tensor) -> Tensor:
-        return self._forward_blocks(self.blocks[self.stage_ends[self.num_stages - 1] + 1 :], x)
-
-    def _forward_blocks(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
-        if self.grad_checkpointing:
-            return checkpoint_seq(blocks, x, flatten=True)
-        return blocks(x)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Maps images (N, in_chans, H, W) to the map that is pooled, (N, num_features, H', W')."""
-        x = self.act1(self.bn1(self.conv_stem(x)))
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x, flatten=True)
-        else:
-            x = self.blocks(x)
+    def _forward_neck(self, maps: list[Tensor]) -> Tensor:
+        x = maps[-1]
+        for i, blocks in enumerate(self.blocks):
+            if i > self.stage_ends[-1]:
+                x = blocks(x)
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -1,5 +1,6 @@
 """What timm's own test suite asks of a model, and what its users rely on beyond, for every registered model."""
 
+import copy
 import math
 
 import pytest
@@ -159,8 +160,10 @@ def test_feature_map_pooling_and_head(name):
 def test_global_pool(name, global_pool):
     model = timm.create_model(name, global_pool=global_pool, num_classes=5).eval()
     assert model(images()).shape == (1, 5)
+    pooled = model.forward_head(model.forward_features(images()), pre_logits=True)
     model.reset_classifier(0)
-    assert model(images()).shape == (1, model.head_hidden_size)
+    assert torch.equal(model(images()), pooled)
+    assert pooled.shape == (1, model.head_hidden_size)
 
 
 @pytest.mark.parametrize('name', UP_TO_MEDIUM)
@@ -297,6 +300,47 @@ def test_prune_intermediate_layers(name, indices, prune_norm):
     assert model(images()).shape == (1, 3)
 
 
+@pytest.mark.parametrize('name', TEST_SIZED)
+def test_pruning_leaves_what_the_maps_need_and_nothing_else(name):
+    model, x = create(name), images(2)
+    with torch.no_grad():
+        expected = model(x)
+        _, maps = model.forward_intermediates(x)
+    whole = copy.deepcopy(model)
+    whole.prune_intermediate_layers(1, prune_head=False)
+    assert torch.equal(whole(x), expected)
+    for index, feature in enumerate(maps):
+        pruned = copy.deepcopy(model)
+        pruned.prune_intermediate_layers([index])
+        assert torch.equal(pruned.forward_features(x), feature)
+        pruned.train().forward_features(x).sum().backward()
+        assert not [key for key, parameter in pruned.named_parameters() if parameter.grad is None]
+
+
+@pytest.mark.parametrize('name', TEST_SIZED)
+@pytest.mark.parametrize('feature_cls', ['list', 'getter'])
+@pytest.mark.filterwarnings('ignore:.*torch.jit')
+@torch.no_grad()
+def test_features_only_torchscript(name, feature_cls):
+    model = timm.create_model(name, features_only=True, feature_cls=feature_cls, out_indices=(0, 2)).eval()
+    scripted = torch.jit.script(model)
+    for output, expected in zip(scripted(images()), model(images()), strict=True):
+        assert_same(output, expected)
+
+
+@pytest.mark.parametrize('name', TEST_SIZED)
+def test_features_only_grad_checkpointing(name):
+    gradients = []
+    for enable in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model(name, features_only=True).train()
+        model.set_grad_checkpointing(enable)
+        sum(feature.square().mean() for feature in model(images(2))).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert_same(checkpointed, plain)
+
+
 @pytest.mark.parametrize('name', UP_TO_SMALL)
 @pytest.mark.parametrize('size', [(64, 96), (97, 61), (33, 32), 32, 17, (5, 40), 1])
 @torch.no_grad()
@@ -322,6 +366,17 @@ def test_output_stride(name, output_stride):
         assert feature.shape[2:] == (SIZE // info['reduction'],) * 2
     with pytest.raises(ValueError, match='output_stride must be 8, 16 or 32, got 4'):
         timm.create_model(name, output_stride=4)
+
+
+@pytest.mark.parametrize('name', TEST_SIZED)
+@pytest.mark.parametrize('output_stride', [8, 16])
+@torch.no_grad()
+def test_features_only_output_stride(name, output_stride):
+    model = timm.create_model(name, features_only=True, output_stride=output_stride).eval()
+    reductions = model.feature_info.reduction()
+    assert max(reductions) == output_stride
+    sizes = [tuple(feature.shape[2:]) for feature in model(images(size=(64, 96)))]
+    assert sizes == [(64 // reduction, 96 // reduction) for reduction in reductions]
 
 
 @pytest.mark.parametrize('name', UP_TO_SMALL)
@@ -392,6 +447,24 @@ def test_meta_construction(name):
     assert {parameter.device.type for parameter in other.parameters()} == {'meta'}
     other.reset_classifier(3)
     assert other.get_classifier().weight.device.type == 'meta'
+
+
+@pytest.mark.parametrize('name', TEST_SIZED)
+def test_reset_classifier_keeps_the_model_s_state(name):
+    model = timm.create_model(name, device='meta', dtype=torch.float64).eval().requires_grad_(False)
+    model.reset_classifier(0)
+    model.reset_classifier(0, '')
+    assert not [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+    model.reset_classifier(2)
+    weight = model.get_classifier().weight
+    assert (weight.device.type, weight.dtype) == ('meta', torch.float64)
+    assert not [key for key, module in model.named_modules() if module.training]
+
+
+@pytest.mark.parametrize('name', TEST_SIZED)
+def test_unknown_arguments_are_errors(name):
+    with pytest.raises(TypeError, match='no_such_argument'):
+        timm.create_model(name, no_such_argument=1)
 
 
 @pytest.mark.parametrize('name', ALL)
