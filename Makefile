@@ -104,7 +104,7 @@ $(VENV)-lowest/.installed: setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install uv
 	$(VENV)-lowest/bin/uv pip install --python $(VENV)-lowest/bin/python --resolution lowest-direct \
-		--requirements pyproject.toml --extra test 'setuptools>=77' ninja 'numpy<2.4'
+		--requirements pyproject.toml --extra test 'setuptools>=77' 'ninja>=1.11' 'numpy>=2.3,<2.4'
 	$(VENV)-lowest/bin/python setup.py --quiet build_ext --inplace --force
 	@touch $@
 
