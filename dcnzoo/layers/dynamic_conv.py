@@ -11,6 +11,18 @@ from ..ops._dynamic_conv import pad_same, symmetric_padding
 from ._geometry import check_groups, check_positive, pair
 
 torch.fx.wrap('pad_same')
+torch.fx.wrap('average')
+
+
+def average(x: Tensor, channels: int) -> Tensor:
+    """The mean over the pixels of a map, (N, channels, H, W) -> (N, channels).
+
+    Raises:
+        ValueError: The map has another shape.
+    """
+    if not torch.jit.is_tracing() and (x.ndim != 4 or x.shape[1] != channels):  # a trace knows no sizes to check
+        raise ValueError(f'x must have shape (N, {channels}, H, W), got {list(x.shape)}')
+    return x.mean((2, 3))
 
 
 class CondConv2d(nn.Module):
@@ -212,13 +224,17 @@ class DynamicConv2d(nn.Module):
 
     def shares(self, x: Tensor) -> Tensor:
         """Predicts the experts' shares: (N, in_channels, H, W) -> (N, num_experts)."""
-        logits = self.routing(x.mean((2, 3)))
+        logits = self.routing(average(x, self.cond_conv.in_channels))
         if self.temperature != 1.0:
             logits = logits / self.temperature
         return logits.softmax(1) if self.softmax else logits.sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, in_channels, H, W) to (N, out_channels, Ho, Wo), Ho and Wo as for any convolution."""
+        """Maps (N, in_channels, H, W) to (N, out_channels, Ho, Wo), Ho and Wo as for any convolution.
+
+        Raises:
+            ValueError: The input has another shape, or is too small for the kernel.
+        """
         return self.cond_conv(x, self.shares(x))
 
     def fuse(self) -> nn.Module:
@@ -277,6 +293,6 @@ class GatedConv2d(nn.Module):
         padded = pad_same(x, self.kernel_size, self.stride, self.dilation) if self.same_padding else x
         out = self.conv(padded)
         if self.gated:
-            gate = (self.routing(x.mean((2, 3))) / self.temperature).sigmoid()
+            gate = (self.routing(average(x, self.conv.in_channels)) / self.temperature).sigmoid()
             out = out * gate.view(-1, 1, 1, 1)
         return out

@@ -298,6 +298,8 @@ class InternImage(Backbone):
         super().__init__()
         if output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride!r}')
+        if not depths or min(depths) < 1:
+            raise ValueError(f'depths must be positive, one number per stage, got {tuple(depths)}')
         if len(depths) != len(groups):
             raise ValueError(f'depths and groups must be equally long, got {tuple(depths)} and {tuple(groups)}')
         if post_norm and res_post_norm:

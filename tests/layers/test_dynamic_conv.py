@@ -207,8 +207,12 @@ def test_wrong_input():
         layer.cond_conv(torch.randn(6, 9, 8), torch.rand(1, 4))
     with pytest.raises(ValueError, match=r'routing must have shape \(N, E\) = \(2, 4\)'):
         layer.cond_conv(images().float(), torch.rand(2, 3))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r'x must have shape \(N, 6, H, W\), got \[2, 5, 9, 8\]'):
         layer(images(channels=5).float())
+    with pytest.raises(ValueError, match=r'x must have shape \(N, 6, H, W\), got \[6, 9, 8\]'):
+        layer(images()[0].float())
+    with pytest.raises(ValueError, match='does not fit into an input of 2 x 9 pixels'):
+        DynamicConv2d(6, 4, 5, padding=0)(images(size=(2, 9)).float())
 
 
 def test_repr_names_what_matters():

@@ -266,6 +266,7 @@ def test_clip_projector_is_the_published_formula():
     ('options', 'message'),
     [
         (dict(groups=(3, 3, 3, 3)), 'group must divide the 16 channels, got 3'),
+        (dict(depths=(1, 0, 1, 1)), r'depths must be positive, one number per stage, got \(1, 0, 1, 1\)'),
         (dict(depths=(1, 1, 1)), r'depths and groups must be equally long, got \(1, 1, 1\) and \(1, 2, 4, 8\)'),
         (dict(post_norm=True, res_post_norm=True), 'post_norm and res_post_norm exclude each other'),
         (dict(use_clip_projector=True, output_stride=16), 'use_clip_projector needs output_stride 32, got 16'),
