@@ -300,3 +300,16 @@ def test_vmap(backend, in_dims):
             tensor if dim is None else tensor.select(dim, i) for tensor, dim in zip(stacks, in_dims, strict=True)
         ]
         assert error(mapped[i], dcnv4(*operands, groups=2)) < 1e-6
+
+
+def test_function_transforms_on_the_reference():
+    def loss(value, offset_mask):
+        return dcnv4(value, offset_mask, groups=2).square().sum()
+
+    value, offset_mask = torch.randn(3, 2, 4, 5, 6), torch.randn(3, 2, 4, 5, 54)
+    with use_backend('reference'):
+        mapped = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)))(value, offset_mask)
+    for i in range(3):
+        operands = value[i].requires_grad_(), offset_mask[i].requires_grad_()
+        for gradient, expected in zip(mapped, torch.autograd.grad(loss(*operands), operands), strict=True):
+            assert error(gradient[i], expected) < 1e-6
