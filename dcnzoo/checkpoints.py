@@ -49,7 +49,7 @@ def locate(source: str) -> tuple[Path, str]:
             raise WeightsError(f'{source} names no repository, expected hf-hub:ORG/NAME')
         return _locate_in_hub(*hf_split(f'{org}/{repo}'), filename)
     path = Path(source.removeprefix('local-dir:')).expanduser()
-    if path.is_dir():
+    if path.is_dir() and source:
         path /= _choose([file.name for file in path.iterdir()], source)
     if not path.is_file():
         raise WeightsError(f'there is no file {path}')

@@ -200,12 +200,14 @@ def _fit(name: str, remap: Filter, found: Weights, config: dict) -> tuple[nn.Mod
             return model, found
 
     model, weights = create()
-    first, classifier = (model.pretrained_cfg[key] for key in ('first_conv', 'classifier'))
+    classifier = f'{model.pretrained_cfg["classifier"]}.weight'
+    # the kernels of a dynamic convolution lie flat, its routing tells the channels
+    first = f'{model.pretrained_cfg["first_conv"]}.weight'.replace('cond_conv', 'routing')
     counts = {}
-    if f'{classifier}.weight' in weights:
-        counts['num_classes'] = weights[f'{classifier}.weight'].shape[0]
-    if f'{first}.weight' in weights and isinstance(model.get_submodule(first), nn.Conv2d):
-        counts['in_chans'] = weights[f'{first}.weight'].shape[1]
+    if classifier in weights:
+        counts['num_classes'] = weights[classifier].shape[0]
+    if first in weights:
+        counts['in_chans'] = found.get(first, weights[first]).shape[1]  # renaming may have fitted it to the model
     if all(getattr(model, key) == count for key, count in counts.items()):
         return model, weights
     return create(**counts)

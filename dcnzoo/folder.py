@@ -9,6 +9,8 @@ asks for `features_only`.
 import copy
 import json
 import os
+import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,18 +39,6 @@ class WeightsError(RuntimeError):
         self.details = details or []
 
 
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` when the block has ended without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f'.{path.name}.{os.getpid()}.draft')
-    try:
-        yield draft
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 def require_free(path: str | Path) -> None:
     """Makes sure that a folder can be made, or is empty.
 
@@ -56,7 +46,7 @@ def require_free(path: str | Path) -> None:
         WeightsError: There is something.
     """
     path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
         raise WeightsError(f'{path} is there already; name another folder or remove it')
 
 
@@ -67,11 +57,14 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Raises:
         WeightsError: There is something of that name already, or it cannot be written; then nothing is left.
     """
-    path = Path(path)
     require_free(path)
-    draft = path.absolute().with_name(f'.{path.absolute().name}.{os.getpid()}.draft')
+    path = Path(path).absolute()
+    prefix = f'.{path.name}.{platform.node()}.'
+    draft = path.with_name(f'{prefix}{os.getpid()}.draft')
     try:
-        draft.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_drafts(path.parent, prefix)
+        draft.mkdir()
         yield draft
         for file in draft.iterdir():
             with open(file, 'rb') as opened:
@@ -84,6 +77,26 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         raise WeightsError(f'cannot write {path}: {reason}; nothing was written') from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _remove_drafts(folder: Path, prefix: str) -> None:
+    """Removes what processes of this machine left that were killed while they filled a folder."""
+    for draft in folder.iterdir():
+        found = re.fullmatch(rf'{re.escape(prefix)}(\d+)\.draft', draft.name)
+        if found and (int(found[1]) == os.getpid() or not _runs(int(found[1]))):
+            shutil.rmtree(draft)
+
+
+def _runs(pid: int) -> bool:
+    if os.name == 'nt':  # there `os.kill` ends it
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def write_config(

@@ -29,16 +29,15 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import HFValidationError, get_token
+from huggingface_hub.utils import HFValidationError, WeakFileLock, get_token
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from timm.models._builder import _resolve_pretrained_source
 from timm.models._hub import HF_WEIGHTS_NAME, _get_safe_alternatives, get_cache_dir, hf_split
 from timm.models._pretrained import PretrainedCfg
-from torch.hub import HASH_REGEX
 
 from ._version import __version__
 from .card import card_in_repository
-from .folder import CARD, CONFIG, WEIGHTS, WeightsError, check, new_file, new_folder
+from .folder import CARD, CONFIG, WEIGHTS, WeightsError, check, new_folder
 
 # sha256 of the published files, 'ORG/NAME/FILE'; None where it is not known.
 SHA256: dict[str, str | None] = {
@@ -58,6 +57,9 @@ SHA256: dict[str, str | None] = {
     'OpenGVLab/InternImage/internimage_h_jointto22k_384.pth': None,
     'OpenGVLab/InternImage/internimage_g_pretrainto22k_384.pth': None,
 }
+
+# The first digits of its sha256 in a file's name; eight decimal ones are a date.
+DIGITS = re.compile(r'-(?!\d{8}\.)([0-9a-f]{8,64})\.')
 
 _download = partial(huggingface_hub.hf_hub_download, library_name='dcnzoo', library_version=__version__)
 
@@ -95,35 +97,56 @@ def fetch(repo_id: str, filename: str, revision: str | None = None, cache_dir: s
     )
 
 
-def fetch_url(url: str) -> Path:
+def fetch_url(url: str, cache_dir: str | os.PathLike | None = None) -> Path:
     """Downloads a file of any web server into timm's cache, or finds it there.
 
     A body of another size than announced is fetched again once, and so is a file of another sha256 than its name says,
-    in which torch puts the first digits (`resnet50-0676ba61.pth`).
+    where that has the first digits as is the custom with torch (`resnet50-0676ba61.pth`).
+
+    Args:
+        url: Its query is a part of what the file is known by in the cache, and is shown to nobody.
+        cache_dir: The cache, by default timm's own.
+
+    Returns:
+        The file, in the cache.
 
     Raises:
-        WeightsError: It was damaged both times, or the server has no such file for us.
-        OSError: As huggingface_hub raises it.
+        WeightsError: It was damaged both times, or the server cannot be reached or has no such file for us.
+        OSError: It cannot be written.
     """
-    parts = urlsplit(url)
-    place = f'{parts.hostname}:{parts.port}{parts.path}'
-    target = Path(get_cache_dir('dcnzoo')) / hashlib.sha256(place.encode()).hexdigest()[:16] / Path(parts.path).name
-    named = HASH_REGEX.search(target.name)
+    folder = Path(cache_dir or get_cache_dir('dcnzoo')) / hashlib.sha256(url.encode()).hexdigest()[:16]
+    target = folder / (Path(urlsplit(url).path).name or 'file')
+    named = DIGITS.search(target.name)
 
     def download(again: bool) -> Path:
-        if again or not target.exists():
-            with new_file(target) as draft, open(draft, 'wb') as file, _redacted_logs():
-                try:
-                    http_get(url, file, displayed_filename=target.name)
-                except HfHubHTTPError as error:
-                    raise WeightsError(f'{redact(url)}: {explain(error)}') from None  # it quotes the URL
+        folder.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(folder / '.lock'):
+            if again or not target.exists():
+                _download_url(url, target)
         return target
 
     def damage(path: Path) -> str | None:
         actual = sha256(path)
         return f'its sha256 is {actual}' if named and not actual.startswith(named[1]) else None
 
-    return _twice(download, damage, redact(url), target.parent)
+    return _twice(download, damage, redact(url), folder)
+
+
+def _download_url(url: str, target: Path) -> None:
+    """Downloads a file, which takes its name when it is on the disk as a whole."""
+    draft = target.with_name(f'{target.name}.incomplete')
+    try:
+        with open(draft, 'wb') as file, _redacted_logs():
+            http_get(url, file, displayed_filename=target.name)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, target)
+    except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, HfHubHTTPError):
+            raise
+        raise WeightsError(f'{redact(url)}: {explain(error, "the server")}') from None  # the client quotes the URL
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _twice(download: Callable[[bool], Path], damage: Callable[[Path], str | None], name: str, place: Path) -> Path:
@@ -142,7 +165,7 @@ def _twice(download: Callable[[bool], Path], damage: Callable[[Path], str | None
                 raise OSError(error.errno, error.strerror, str(place)) from error
             if type(error) is not OSError or error.errno is not None:
                 raise
-            problem = str(error).split('.')[0]  # so the client says that a body was not of the size announced
+            problem = str(error).split(' (')[0]  # so the client says that a body was not of the size announced
         else:
             problem = damage(path)
             if problem is None:
@@ -193,29 +216,48 @@ def _forget(path: Path) -> None:
 
 
 def fetch_pretrained(pretrained_cfg: PretrainedCfg, cache_dir: str | os.PathLike | None = None) -> Path | None:
-    """Fetches and verifies the file of weights that timm is about to load from the cache.
+    """Fetches and verifies the file of weights that timm is about to load.
 
     Args:
         pretrained_cfg: timm's description of the weights.
         cache_dir: The cache, by default the client's own.
 
     Returns:
-        The file, or None for weights that do not come from a Hub.
+        The file, or None for weights that need not be fetched.
 
     Raises:
-        As `fetch` does.
+        As `fetch` and `fetch_url` do; and
+        WeightsError: The config.json that timm has made the description of was damaged. It is fetched again.
     """
     source, location = _resolve_pretrained_source(pretrained_cfg.to_dict())
+    if source == 'url':
+        return fetch_url(location, cache_dir)
     if source != 'hf-hub':
         return None
     hub_id, filename = location if isinstance(location, tuple) else (location, HF_WEIGHTS_NAME)
     repo_id, revision = hf_split(hub_id)
+    if pretrained_cfg.source == 'hf-hub':
+        _verify_config(repo_id, revision, cache_dir)
     for candidate in _get_safe_alternatives(filename):
         try:
             return fetch(repo_id, candidate, revision, cache_dir)
         except EntryNotFoundError:
             continue
     return fetch(repo_id, filename, revision, cache_dir)
+
+
+def fetch_config(hub_id: str) -> Path:
+    """Fetches and verifies the config.json of a repository, 'org/name' or 'org/name@revision', as `fetch` does."""
+    repo_id, revision = hf_split(hub_id)
+    return fetch(repo_id, CONFIG, revision)
+
+
+def _verify_config(repo_id: str, revision: str | None, cache_dir: str | os.PathLike | None) -> None:
+    path = huggingface_hub.try_to_load_from_cache(repo_id, CONFIG, cache_dir, revision)
+    problem = _damage(Path(path), repo_id, CONFIG) if isinstance(path, str) else None
+    if problem:
+        fetch(repo_id, CONFIG, revision, cache_dir)
+        raise WeightsError(f'{repo_id}/{CONFIG} was damaged ({problem}) and is fetched again: load the model again')
 
 
 def pull(repo_id: str, output: str | Path | None = None, revision: str | None = None) -> Path:
@@ -292,12 +334,17 @@ def push(
     return str(url)
 
 
-def explain(error: BaseException) -> str:
-    """One line for people about what went wrong at a Hub or on the way, without anything secret."""
-    return redact(_explain(error))
+def explain(error: BaseException, server: str = '') -> str:
+    """One line for people about what went wrong at a server or on the way, without anything secret.
+
+    Args:
+        error: What was raised.
+        server: What it is called, by default the Hub.
+    """
+    return redact(_explain(error, server or f'the Hub at {huggingface_hub.constants.ENDPOINT}'))
 
 
-def _explain(error: BaseException) -> str:
+def _explain(error: BaseException, server: str) -> str:
     if isinstance(error, WeightsError):
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -309,9 +356,8 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, RevisionNotFoundError):
         return 'the repository has no such revision'
     if isinstance(error, LocalEntryNotFoundError):
-        return (
-            f'it is not in the cache, and {_explain(error.__cause__)}' if error.__cause__ else 'it is not in the cache'
-        )
+        reason = f', and {_explain(error.__cause__, server)}' if error.__cause__ else ''
+        return f'it is not in the cache{reason}'
     if isinstance(error, EntryNotFoundError):
         return f'the repository has no such file: {_request(error)}'
     if isinstance(error, OfflineModeIsEnabled):
@@ -325,7 +371,7 @@ def _explain(error: BaseException) -> str:
         }
         return reasons.get(status, f'the server answers with status {status}: {_request(error)}')
     if type(error).__module__.startswith('httpx'):
-        return f'the Hub at {huggingface_hub.constants.ENDPOINT} cannot be reached: {error or type(error).__name__}'
+        return f'{server} cannot be reached: {str(error) or type(error).__name__}'
     return ' '.join(str(error).split()) or type(error).__name__
 
 
@@ -342,7 +388,8 @@ def _redacted_logs() -> Iterator[None]:
         record.msg, record.args = redact(record.getMessage()), ()
         return True
 
-    loggers = [logging.getLogger(name) for name in ('huggingface_hub.file_download', 'httpx', 'httpx2')]
+    names = [name for name in logging.root.manager.loggerDict if name.startswith(('huggingface_hub', 'http'))]
+    loggers = [logging.getLogger(name) for name in names]
     for logger in loggers:
         logger.addFilter(redact_record)
     try:

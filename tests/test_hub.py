@@ -28,6 +28,7 @@ from .models.test_dcnv4 import KEYS, OUTPUTS, relative_error
 REPO, FILE = 'org/name', 'weights.pth'
 BODY = bytes(range(256)) * 4096  # 1 MiB
 TOKEN = 'hf_secretsecretsecretsecret'
+SECRET = 'a-password-of-another-kind'
 
 forks = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 
@@ -132,6 +133,29 @@ def test_a_download_damaged_twice_is_reported_and_forgotten(served):
         fetch(REPO, FILE)
     assert served.count('GET', FILE) == 2
     assert finished(served) == []
+
+
+def test_a_damaged_configuration_in_the_cache_is_noticed(hub, folder):
+    """By timm's function once the file was read; then it is fetched again."""
+    hub.add(REPO, {name: (folder / name).read_bytes() for name in ('config.json', 'model.safetensors')})
+    path = fetch(REPO, 'config.json')
+    path.resolve().write_bytes(path.read_bytes().replace(b'"num_classes": 3', b'"num_classes": 4'))
+    with pytest.raises(WeightsError, match=r'config\.json was damaged .*hash is .* load the model again'):
+        timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+    assert timm.create_model(f'hf-hub:{REPO}', pretrained=True).num_classes == 3
+
+
+def test_weights_from_a_url(served, impatient, tmp_path, monkeypatch):
+    """timm's own way keeps a body that is too short."""
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'torch'))
+    state_dict = published(weights())
+    served.repos[REPO].files[FILE] = pickled({'model': state_dict})
+    served.fault(FILE, truncate=5)
+    overlay = {'url': f'{served.url}/files/{REPO}/{FILE}'}
+    for cache_dir in (None, tmp_path / 'mine'):
+        model = timm.create_model('test_dcnv4', pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=cache_dir)
+        assert torch.equal(model.stem.conv1.weight, state_dict['patch_embed.conv1.weight'])
+    assert len(list(tmp_path.rglob(FILE))) == 2 and served.count('GET', FILE) == 3
 
 
 def test_a_small_file_is_verified_by_its_git_hash(served):
@@ -355,29 +379,50 @@ def test_url(served, impatient, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'torch'))
     address = f'{served.url}/files/{REPO}'
     served.fault(FILE, cut=5)
-    assert fetch_url(f'{address}/{FILE}?token={TOKEN}').read_bytes() == BODY
+    assert fetch_url(f'{address}/{FILE}').read_bytes() == BODY
     assert fetch_url(f'{address}/{FILE}').read_bytes() == BODY
     assert served.count('GET', FILE) == 2
+    assert fetch_url(f'{address}/{FILE}?version=2') != fetch_url(f'{address}/{FILE}')  # which may be other weights
 
     name = f'w-{hashlib.sha256(BODY).hexdigest()[:8]}.pth'
     served.repos[REPO].files[name] = BODY
     served.fault(name, corrupt=True)
     assert fetch_url(f'{address}/{name}').read_bytes() == BODY
     assert served.count('GET', name) == 2
-    served.repos[REPO].files['w-00000000.pth'] = BODY
-    with pytest.raises(WeightsError, match='came damaged, twice: its sha256 is'):
-        fetch_url(f'{address}/w-00000000.pth')
+    wrong = ('w-0000000a.pth', 'short.pth')
+    served.repos[REPO].files |= dict.fromkeys((*wrong, 'w-20240131.pth', 'w-00001-of-00002.pth'), BODY)
+    served.fault('short.pth', truncate=5, times=9)
+    for name, says in zip(wrong, ('its sha256 is', 'Consistency check failed: [^(]*$'), strict=True):
+        with pytest.raises(WeightsError, match=f'came damaged, twice: {says}'):
+            fetch_url(f'{address}/{name}')
+    for name in ('w-20240131.pth', 'w-00001-of-00002.pth'):  # no sha256, but a date and a number
+        assert fetch_url(f'{address}/{name}').read_bytes() == BODY
 
 
 def test_a_url_keeps_its_secrets(served, impatient, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'torch'))
-    caplog.set_level('DEBUG')
+    for name in ('root', 'huggingface_hub'):
+        caplog.set_level('DEBUG', logger=name)
     served.fault(FILE, cut=5)
-    fetch_url(f'{served.url}/files/{REPO}/{FILE}?token={TOKEN}')
-    with pytest.raises(WeightsError, match=r'none\.pth: the server answers with status 404') as raised:
-        fetch_url(f'{served.url}/files/{REPO}/none.pth?token={TOKEN}')
-    assert 'resume' in caplog.text
-    assert TOKEN not in caplog.text + ''.join(traceback.format_exception(raised.value))
+    served.fault(FILE, status=429)
+    served.repos[REPO].files['short.pth'] = BODY
+    served.fault('short.pth', cut=5, times=99)
+    fetch_url(f'{served.url}/files/{REPO}/{FILE}?token={SECRET}')
+    said = ''
+    for server, name, says in (
+        (served.url, 'none.pth', 'the server answers with status 404'),
+        (served.url, 'short.pth', 'the server cannot be reached: '),
+        ('http://127.0.0.1:9', FILE, 'the server cannot be reached: '),
+    ):
+        with pytest.raises(WeightsError, match=f'{name}: {says}') as raised:
+            fetch_url(f'{server}/files/{REPO}/{name}?token={SECRET}')
+        said += ''.join(traceback.format_exception(raised.value))
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(WeightsError, match=f'{FILE}: HF_HUB_OFFLINE forbids to fetch it') as raised:
+        fetch_url(f'{served.url}/files/{REPO}/{FILE}?token={SECRET}2')
+    said += ''.join(traceback.format_exception(raised.value))
+    assert 'resume' in caplog.text and '429' in caplog.text
+    assert SECRET[-12:] not in caplog.text + said
 
 
 # Push and pull

@@ -13,6 +13,8 @@ import dcnzoo
 from dcnzoo.commands import main
 from dcnzoo.convert import convert
 from dcnzoo.folder import WeightsError
+from dcnzoo.train.config import DataConfig, ModelConfig
+from dcnzoo.train.model import build_model
 
 from .checkpoints import malicious, pickled, published, weights
 from .train.conftest import make_photos, settings
@@ -63,6 +65,8 @@ def test_nothing_runs_them(hub, marker, tmp_path, capsys, kind):
         ('predict', image, '--model', folder),
         ('predict', image, '--model', 'hf-hub:org/attack'),
         ('features', image, '--model', folder, '--png', tmp_path / 'maps.png'),
+        ('offsets', image, '--model', folder, '--png', tmp_path / 'offsets.png'),
+        ('average', folder / 'attack.pth', folder / 'attack.pth', '--output', tmp_path / 'out'),
         ('push', folder, '--repo', 'me/mine'),
         ('pull', 'org/attack', '--output', tmp_path / 'out'),
     ):
@@ -75,7 +79,11 @@ def test_nothing_runs_them(hub, marker, tmp_path, capsys, kind):
             NAME, pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id='org/attack', hf_hub_filename='attack.pth')
         ),
         lambda: timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=dict(file=str(folder / 'attack.pth'))),
+        lambda: timm.create_model(
+            NAME, pretrained=True, pretrained_cfg_overlay=dict(url=f'{hub.url}/files/org/attack/attack.pth')
+        ),
         lambda: timm.create_model(NAME, checkpoint_path=str(folder / 'attack.pth')),
+        lambda: build_model(ModelConfig(name=NAME, checkpoint=str(folder / 'attack.pth')), DataConfig(), 2),
     ):
         with pytest.raises(Exception):  # noqa: B017  (timm's own, torch's own)
             create()

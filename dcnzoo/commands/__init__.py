@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from .._version import __version__
 from ..folder import WeightsError
 from ..hub import explain
-from ._errors import CommandError
+from ._errors import CommandError, print_traceback
 
 _SUBCOMMANDS = {
     'doctor': 'show versions and operator backends, and why one is missing',
@@ -73,7 +73,8 @@ def _run(args: argparse.Namespace) -> int:
         return 1
     except Exception as error:
         if args.traceback:
-            raise
+            print_traceback(error)
+            return 1
         for line in getattr(error, 'details', ()):
             print(line, file=sys.stderr)
         known = isinstance(error, (CommandError, HFValidationError, OSError, WeightsError))

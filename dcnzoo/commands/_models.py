@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torch import nn
 
 from ..folder import WeightsError
-from ..hub import explain
+from ..hub import explain, fetch_config, redact
 from ._errors import CommandError
 
 _SCHEMES = ('hf-hub:', 'hf_hub:', 'local-dir:')
@@ -47,19 +47,22 @@ def load_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
         CommandError: There is no such model, it has no weights, or they cannot be fetched or do not fit.
     """
     name = _with_scheme(name)
-    scheme = name.startswith(_SCHEMES)
-    if not scheme:
+    elsewhere = name.startswith(_SCHEMES)
+    if not elsewhere:
         check_registered(name)
         if pretrained and not has_weights(name):
             raise CommandError(
                 f'there are no pretrained weights for {name}; name a folder that training left, such as runs/X/best'
             )
-    if name.startswith('hf-hub:') or (pretrained and not scheme):
+    if name.startswith('hf-hub:') or (pretrained and not elsewhere):
         print(f'loading {name} from the Hugging Face Hub or its cache', file=sys.stderr)
     try:
+        scheme, _, repo_id = name.partition(':')
+        if scheme == 'hf-hub':  # before timm reads it
+            fetch_config(repo_id)
         return timm.create_model(name, pretrained=pretrained, **kwargs).eval()
     except Exception as error:  # whatever a hub client, a file or a state_dict that does not fit may raise
-        what = 'load' if pretrained or scheme else 'build'
+        what = 'load' if pretrained or elsewhere else 'build'
         raise CommandError(f'cannot {what} {name}: {first_line(error)}') from error
 
 
@@ -99,6 +102,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def check_registered(name: str) -> None:
+    """Makes sure that there is a model of that name, and the tag if it has one."""
     architecture, _, tag = name.partition('.')
     if not timm.is_model(architecture):
         raise CommandError(f'there is no model {architecture!r}{nearest(architecture, timm.list_models())}')
@@ -122,7 +126,7 @@ def first_line(error: BaseException) -> str:
     if len(lines) > 1 and lines[0].endswith(':'):
         lines[0] += f' {lines[1]}'
     text = lines[0] if lines else type(error).__name__
-    return text if len(text) <= 300 else f'{text[:297]}...'
+    return redact(text if len(text) <= 300 else f'{text[:297]}...')
 
 
 def image_transform(model: nn.Module) -> Callable:

@@ -8,10 +8,10 @@ import timm
 import torch
 
 from ..convert import convert
-from ._cards import add_card_arguments
+from ._arguments import add_card_arguments
 from ._errors import CommandError
 from ._images import read_image
-from ._models import class_names, image_mode, image_transform, nearest
+from ._models import check_registered, class_names, image_mode, image_transform, nearest
 from .list import model_names
 
 
@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     architecture = args.model.partition('.')[0]
     if architecture not in model_names('*'):
         raise CommandError(f'dcnzoo has no model {architecture!r}{nearest(architecture, model_names("*"))}')
+    check_registered(args.model)
     image = None if args.verify is None else Path(args.verify)
     conversion = convert(
         args.source,

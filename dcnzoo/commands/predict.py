@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ._arguments import positive
 from ._errors import CommandError
 from ._images import find_images, read_image
 from ._models import add_device_argument, class_names, image_mode, image_transform, load_model, resolve_device
@@ -24,19 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'hf-hub:ORG/NAME',
     )
     parser.add_argument(
-        '--topk', type=_positive, default=1, metavar='K', help='classes per image, best first; by default 1'
+        '--topk', type=positive, default=1, metavar='K', help='classes per image, best first; by default 1'
     )
     parser.add_argument('--truth', action='store_true', help="compare with each image's class: the name of its folder")
     parser.add_argument('--json', action='store_true', help='print JSON')
-    parser.add_argument('--batch-size', type=_positive, default=32, metavar='N', help='images at a time; by default 32')
+    parser.add_argument('--batch-size', type=positive, default=32, metavar='N', help='images at a time; by default 32')
     add_device_argument(parser)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f'must be at least 1, got {number}')
-    return number
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..card import card_in_repository, model_card
 from ..folder import check, is_backbone, prune, read_config
 from ..hub import push
-from ._cards import add_card_arguments
+from ._arguments import add_card_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..macs import count_macs
-from ._errors import CommandError
+from ._errors import CommandError, print_traceback
 from ._models import first_line
 from ._table import Table
 
@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         if traceback:
-            raise
+            print_traceback(error)
+            return 1
         kind = '' if isinstance(error, (CommandError, ImportError, ValueError)) else f'{type(error).__name__}: '
         print(f'dcnzoo-yolo: {kind}{first_line(error)}', file=sys.stderr)
         return 1

@@ -16,9 +16,12 @@ def build_model_with_cfg(
     cache_dir=None,
     **kwargs,
 ) -> nn.Module:
-    """As timm's function of that name; weights from a Hub are verified first, see `dcnzoo.hub.fetch`."""
+    """As timm's function of that name; what is downloaded is verified first, see `dcnzoo.hub.fetch`."""
     if pretrained:
-        fetch_pretrained(resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay), cache_dir)
+        resolved = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+        file = fetch_pretrained(resolved, cache_dir)
+        if file is not None and not resolved.hf_hub_id:  # from a URL: timm would download it once more, unverified
+            pretrained_cfg_overlay = {**(pretrained_cfg_overlay or {}), 'file': str(file)}
     return timm_build_model_with_cfg(
         model_cls,
         variant,

@@ -449,13 +449,14 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     for wrapper in ('state_dict', 'model'):
         state_dict = state_dict.get(wrapper, state_dict)
     weight, routing = 'conv_stem.cond_conv.weight', 'conv_stem.routing.weight'
-    if model.in_chans != 3 and weight in state_dict and routing in state_dict:
-        # timm fits kernels of four dimensions to other images than RGB, the bank of experts takes such kernels too.
+    if weight in state_dict and routing in state_dict and state_dict[routing].shape[1] != model.in_chans:
+        # timm fits kernels of four dimensions to images of other channels, the bank of experts takes such kernels too.
         # The routing's average per channel goes the way of the channels.
-        experts = state_dict[weight].shape[0]
+        experts, channels = state_dict[routing].shape
         state_dict = dict(state_dict)
-        state_dict[weight] = state_dict[weight].view(-1, 3, *model.conv_stem.cond_conv.kernel_size)
-        state_dict[routing] = adapt_input_conv(model.in_chans, state_dict[routing].view(experts, 3, 1, 1)).flatten(1)
+        state_dict[weight] = state_dict[weight].view(-1, channels, *model.conv_stem.cond_conv.kernel_size)
+        averages = state_dict[routing].view(experts, channels, 1, 1)
+        state_dict[routing] = adapt_input_conv(model.in_chans, averages, channels).flatten(1)
     return state_dict
 
 

@@ -12,6 +12,7 @@ from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
+from ..hub import explain
 from .config import Config, DataConfig, ModelConfig, OptimConfig
 from .errors import TrainError, nearest
 
@@ -46,7 +47,7 @@ def build_model(model: ModelConfig, data: DataConfig, num_classes: int) -> nn.Mo
         )
     except Exception as error:  # a constructor, a download or a file of others: each fails in its own way
         source = f' with the weights of {model.checkpoint}' if overlay else ''
-        reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=' ...')
+        reason = textwrap.shorten(explain(error), 300, placeholder=' ...')
         raise TrainError(f'model.name {model.name!r} cannot be created{source}: {reason}') from error
     if model.grad_checkpointing:
         network.set_grad_checkpointing(True)

@@ -70,11 +70,16 @@ def test_interrupt(dcnzoo, monkeypatch):
     assert dcnzoo('list') == (130, '', ['dcnzoo: interrupted'])
 
 
-def test_unexpected_error_is_one_line_and_traceback_shows_it(dcnzoo, monkeypatch):
+def test_unexpected_error_is_one_line_and_traceback_shows_it(dcnzoo, monkeypatch, capsys):
+    """Without what is secret in it."""
+    monkeypatch.setenv('HF_TOKEN', 'plainsecret')
+
     def fail(*_):
-        raise ZeroDivisionError('this\nwas not meant to happen')
+        raise ZeroDivisionError('this\nwas not meant to happen') from OSError('https://host/file?token=plainsecret')
 
     monkeypatch.setattr(commands.list, 'describe', fail)
     assert dcnzoo('list') == (1, '', ['dcnzoo list: ZeroDivisionError: this was not meant to happen'])
-    with pytest.raises(ZeroDivisionError):
-        commands.main(['--traceback', 'list'])
+    assert commands.main(['--traceback', 'list']) == 1
+    said = capsys.readouterr().err
+    assert 'Traceback' in said and 'in fail' in said and said.endswith('was not meant to happen\n')
+    assert 'OSError: https://host/file\n' in said and 'plainsecret' not in said.replace("token=plainsecret')", '')

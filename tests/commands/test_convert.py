@@ -54,6 +54,7 @@ def test_what_differs_is_listed(dcnzoo, few_models, checkpoint, tmp_path):
     [
         (('none.pth', '--model', 'test_dcnv4'), 'there is no file none.pth'),
         (('three.pth', '--model', 'dcnv4_tinny'), "dcnzoo has no model 'dcnv4_tinny'; did you mean dcnv4_tiny"),
+        (('three.pth', '--model', 'dcnv4_tiny.opengvlab_1k'), "no tag 'opengvlab_1k'; did you mean dcnv4_tiny.op"),
         (('three.pth', '--model', 'test_dcnv4', '--verify', 'none.png'), 'none.png: there is no such file'),
         (('three.pth', '--model', 'test_dcnv4', '--classes', 'none.txt'), '--classes none.txt: No such file'),
         (('three.pth', '--model', 'test_dcnv4', '--output', '.'), '. is there already'),
