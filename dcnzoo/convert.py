@@ -98,7 +98,7 @@ def convert(
     remap = _filter_of(architecture)
     path, called = locate(source)
     digests = {file.name: sha256(file) for file in files(path)}
-    tag = _published_as(name, called, digests)
+    tag, address = _published_as(name, called, digests) or (None, None)
     config = saved_config(path)
     if config.get('architecture') != architecture:
         config = {}
@@ -123,7 +123,7 @@ def convert(
         raise WeightsError(f'{called} gives outputs that are not finite')
     license = license or (model.pretrained_cfg.get('license') if tag else None)
     entries = {'license': license} if tag else {'license': license, 'tag': None, 'origin_url': None}
-    origin = _origin(called, digests, tag)
+    origin = _origin(called, digests, tag, address)
     with new_folder(output) as draft:
         save_file({key: _own(value) for key, value in weights.items()}, draft / WEIGHTS, metadata={'format': 'pt'})
         del found, weights  # lets go of the checkpoint's memory
@@ -158,29 +158,33 @@ def _models() -> list[str]:
     return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith('dcnzoo.')]
 
 
-def _published_as(name: str, called: str, digests: dict[str, str]) -> str | None:
-    """The tagged name under which a checkpoint was published, told by its file's name and, where known, its sha256."""
+def _published_as(name: str, called: str, digests: dict[str, str]) -> tuple[str, str] | None:
+    """The tagged name of published weights and their address, told by the file's name and, where known, its sha256."""
     for tag in [name] if '.' in name else timm.list_pretrained(f'{name}.*'):
-        address = _address(tag)
-        same = called.partition('@')[0] == address or Path(called).name == timm.get_pretrained_cfg(tag).hf_hub_filename
-        if same and SHA256.get(address) in (None, *digests.values()):
-            return tag
+        for address in _addresses(tag):
+            named = Path(called).name == Path(address).name != WEIGHTS
+            if (named or called.partition('@')[0] == address) and SHA256.get(address) in (None, *digests.values()):
+                return tag, address
     return None
 
 
-def _address(tag: str) -> str:
+def _addresses(tag: str) -> list[str]:
+    """Where weights were published, 'ORG/NAME/FILE': what the tag stands for, and the pickle of the same name."""
     cfg = timm.get_pretrained_cfg(tag)
-    return f'{cfg.hf_hub_id}/{cfg.hf_hub_filename or WEIGHTS}'
+    if not cfg.hf_hub_id:
+        return []
+    repository = Path(cfg.hf_hub_id).name
+    pickles = [address for address in SHA256 if Path(address).name == f'{repository}.pth']
+    return [f'{cfg.hf_hub_id}/{cfg.hf_hub_filename or WEIGHTS}', *pickles]
 
 
-def _origin(called: str, digests: dict[str, str], tag: str | None) -> dict[str, str]:
+def _origin(called: str, digests: dict[str, str], tag: str | None, address: str | None) -> dict[str, str]:
     origin = {'Checkpoint': called}
     for file, digest in digests.items():
         origin[f'sha256 of {file}'] = digest
     if tag:
-        known = 'the same' if SHA256.get(_address(tag)) else 'not known'
-        origin['Published as'] = _address(tag)
-        origin['sha256 of the published file'] = known
+        origin['Published as'] = address
+        origin['sha256 of the published file'] = 'the same' if SHA256.get(address) else 'not known'
         origin['Publisher'] = timm.get_pretrained_cfg(tag).origin_url
     return origin
 

@@ -45,6 +45,13 @@ SHA256: dict[str, str | None] = {
     'OpenGVLab/DCNv4/flash_intern_image_s_1k_224.pth': None,
     'OpenGVLab/DCNv4/flash_intern_image_b_1k_224.pth': None,
     'OpenGVLab/DCNv4/flash_internimage_l_22kto1k_384.pth': None,
+    'OpenGVLab/internimage_t_1k_224/model.safetensors': None,
+    'OpenGVLab/internimage_s_1k_224/model.safetensors': None,
+    'OpenGVLab/internimage_b_1k_224/model.safetensors': None,
+    'OpenGVLab/internimage_l_22kto1k_384/model.safetensors': None,
+    'OpenGVLab/internimage_xl_22kto1k_384/model.safetensors': None,
+    'OpenGVLab/internimage_h_22kto1k_640/model.safetensors': None,
+    'OpenGVLab/internimage_g_22kto1k_512/model.safetensors': None,
     'OpenGVLab/InternImage/internimage_t_1k_224.pth': None,
     'OpenGVLab/InternImage/internimage_s_1k_224.pth': None,
     'OpenGVLab/InternImage/internimage_b_1k_224.pth': None,
@@ -142,7 +149,7 @@ def _download_url(url: str, target: Path) -> None:
             os.fsync(file.fileno())
         os.replace(draft, target)
     except Exception as error:
-        if isinstance(error, OSError) and not isinstance(error, HfHubHTTPError):
+        if type(error) is OSError:  # the disk is full, or the body was not of the size announced
             raise
         raise WeightsError(f'{redact(url)}: {explain(error, "the server")}') from None  # the client quotes the URL
     finally:

@@ -135,19 +135,25 @@ def test_names_of_classes(checkpoint, tmp_path, out):
 
 def test_a_published_file_brings_its_facts(hub, tmp_path, out, monkeypatch):
     """The licence and the publisher are named where the file is the published one, and only there."""
-    tag = 'dcnv4_tiny.opengvlab_in1k'
     from dcnzoo.convert import _origin, _published_as
 
-    published = 'flash_intern_image_t_1k_224.pth'
-    assert _published_as('dcnv4_tiny', f'OpenGVLab/DCNv4/{published}@main', {}) == tag
-    assert _published_as(tag, published, {}) == tag
+    tag, file = 'dcnv4_tiny.opengvlab_in1k', 'flash_intern_image_t_1k_224.pth'
+    address = f'OpenGVLab/DCNv4/{file}'
+    assert _published_as('dcnv4_tiny', f'{address}@main', {}) == (tag, address)
+    assert _published_as(tag, file, {}) == (tag, address)
     assert _published_as('dcnv4_tiny', 'mine.pth', {}) is None
-    assert _published_as('dcnv4_small', published, {}) is None
-    assert _origin(published, {published: '1' * 64}, tag)['sha256 of the published file'] == 'not known'
-    monkeypatch.setitem(SHA256, f'OpenGVLab/DCNv4/{published}', '0' * 64)
-    assert _published_as('dcnv4_tiny', published, {published: '1' * 64}) is None
-    assert _published_as('dcnv4_tiny', published, {published: '0' * 64}) == tag
-    assert _origin(published, {published: '0' * 64}, tag)['sha256 of the published file'] == 'the same'
+    assert _published_as('dcnv4_small', file, {}) is None
+    assert _origin(file, {file: '1' * 64}, tag, address)['sha256 of the published file'] == 'not known'
+    monkeypatch.setitem(SHA256, address, '0' * 64)
+    assert _published_as('dcnv4_tiny', file, {file: '1' * 64}) is None
+    assert _published_as('dcnv4_tiny', file, {file: '0' * 64}) == (tag, address)
+    assert _origin(file, {file: '0' * 64}, tag, address)['sha256 of the published file'] == 'the same'
+
+    tag, name = 'internimage_tiny.opengvlab_in1k', 'internimage_t_1k_224'  # as safetensors and as a pickle
+    for address in (f'OpenGVLab/{name}/model.safetensors', f'OpenGVLab/InternImage/{name}.pth'):
+        assert _published_as('internimage_tiny', f'{address}@main', {}) == (tag, address)
+    assert _published_as('internimage_tiny', f'{name}.pth', {}) == (tag, address)
+    assert _published_as('internimage_tiny', 'model.safetensors', {}) is None
 
 
 @pytest.mark.parametrize('prefixes', [('neck.', 'bbox_head.'), ('decode_head.', 'auxiliary_head.')])

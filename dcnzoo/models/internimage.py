@@ -524,8 +524,11 @@ def _every_sixth_block(depths: Sequence[int]) -> tuple[int, ...]:
     return tuple(range(5, depths[2], 6)) if len(depths) > 2 else ()
 
 
-def _cfg(filename: str | None = None, size: int = 224, **kwargs) -> dict:
-    published = dict(hf_hub_id='OpenGVLab/InternImage', hf_hub_filename=filename) if filename else {}
+def _cfg(published: str = '', size: int = 224, **kwargs) -> dict:
+    # those with a classifier of ImageNet-1k have a repository of safetensors each, the others are files of one
+    place = dict(hf_hub_id=f'OpenGVLab/{published}', hf_hub_filename='model.safetensors') if published else {}
+    if published.endswith('.pth'):
+        place = dict(hf_hub_id='OpenGVLab/InternImage', hf_hub_filename=published)
     return {
         'url': '',
         'num_classes': 1000,
@@ -541,25 +544,25 @@ def _cfg(filename: str | None = None, size: int = 224, **kwargs) -> dict:
         'origin_url': 'https://github.com/OpenGVLab/InternImage',
         'paper_ids': 'arXiv:2211.05778',
         'paper_name': 'InternImage: Exploring Large-Scale Vision Foundation Models with Deformable Convolutions',
-        **published,
+        **place,
         **kwargs,
     }
 
 
 default_cfgs = generate_default_cfgs(
     {
-        'internimage_tiny.opengvlab_in1k': _cfg('internimage_t_1k_224.pth'),
-        'internimage_small.opengvlab_in1k': _cfg('internimage_s_1k_224.pth'),
-        'internimage_base.opengvlab_in1k': _cfg('internimage_b_1k_224.pth'),
-        'internimage_large.opengvlab_in22k_ft_in1k_384': _cfg('internimage_l_22kto1k_384.pth', size=384),
+        'internimage_tiny.opengvlab_in1k': _cfg('internimage_t_1k_224'),
+        'internimage_small.opengvlab_in1k': _cfg('internimage_s_1k_224'),
+        'internimage_base.opengvlab_in1k': _cfg('internimage_b_1k_224'),
+        'internimage_large.opengvlab_in22k_ft_in1k_384': _cfg('internimage_l_22kto1k_384', size=384),
         'internimage_large.opengvlab_in22k_384': _cfg('internimage_l_22k_192to384.pth', size=384, num_classes=21841),
-        'internimage_xlarge.opengvlab_in22k_ft_in1k_384': _cfg('internimage_xl_22kto1k_384.pth', size=384),
+        'internimage_xlarge.opengvlab_in22k_ft_in1k_384': _cfg('internimage_xl_22kto1k_384', size=384),
         'internimage_xlarge.opengvlab_in22k_384': _cfg('internimage_xl_22k_192to384.pth', size=384, num_classes=21841),
-        'internimage_huge.opengvlab_joint_in22k_ft_in1k_640': _cfg('internimage_h_22kto1k_640.pth', size=640),
+        'internimage_huge.opengvlab_joint_in22k_ft_in1k_640': _cfg('internimage_h_22kto1k_640', size=640),
         'internimage_huge.opengvlab_joint_in22k_384': _cfg(
             'internimage_h_jointto22k_384.pth', size=384, num_classes=21841
         ),
-        'internimage_giant.opengvlab_joint_in22k_ft_in1k_512': _cfg('internimage_g_22kto1k_512.pth', size=512),
+        'internimage_giant.opengvlab_joint_in22k_ft_in1k_512': _cfg('internimage_g_22kto1k_512', size=512),
         'internimage_giant.opengvlab_joint_in22k_384': _cfg(
             'internimage_g_pretrainto22k_384.pth', size=384, num_classes=21841
         ),

@@ -66,7 +66,7 @@ def test_interrupt(dcnzoo, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands.list, 'describe', interrupt)
+    monkeypatch.setattr('dcnzoo.commands.list.describe', interrupt)
     assert dcnzoo('list') == (130, '', ['dcnzoo: interrupted'])
 
 
@@ -77,7 +77,7 @@ def test_unexpected_error_is_one_line_and_traceback_shows_it(dcnzoo, monkeypatch
     def fail(*_):
         raise ZeroDivisionError('this\nwas not meant to happen') from OSError('https://host/file?token=plainsecret')
 
-    monkeypatch.setattr(commands.list, 'describe', fail)
+    monkeypatch.setattr('dcnzoo.commands.list.describe', fail)
     assert dcnzoo('list') == (1, '', ['dcnzoo list: ZeroDivisionError: this was not meant to happen'])
     assert commands.main(['--traceback', 'list']) == 1
     said = capsys.readouterr().err

@@ -88,24 +88,25 @@ def test_published_layer_scales_load(layout):
 
 
 @pytest.mark.parametrize(
-    ('tag', 'filename', 'size', 'num_classes'),
+    ('tag', 'file', 'size', 'num_classes'),
     [
-        ('internimage_tiny.opengvlab_in1k', 'internimage_t_1k_224.pth', 224, 1000),
-        ('internimage_small.opengvlab_in1k', 'internimage_s_1k_224.pth', 224, 1000),
-        ('internimage_base.opengvlab_in1k', 'internimage_b_1k_224.pth', 224, 1000),
-        ('internimage_large.opengvlab_in22k_ft_in1k_384', 'internimage_l_22kto1k_384.pth', 384, 1000),
+        ('internimage_tiny.opengvlab_in1k', 'internimage_t_1k_224', 224, 1000),
+        ('internimage_small.opengvlab_in1k', 'internimage_s_1k_224', 224, 1000),
+        ('internimage_base.opengvlab_in1k', 'internimage_b_1k_224', 224, 1000),
+        ('internimage_large.opengvlab_in22k_ft_in1k_384', 'internimage_l_22kto1k_384', 384, 1000),
         ('internimage_large.opengvlab_in22k_384', 'internimage_l_22k_192to384.pth', 384, 21841),
-        ('internimage_xlarge.opengvlab_in22k_ft_in1k_384', 'internimage_xl_22kto1k_384.pth', 384, 1000),
+        ('internimage_xlarge.opengvlab_in22k_ft_in1k_384', 'internimage_xl_22kto1k_384', 384, 1000),
         ('internimage_xlarge.opengvlab_in22k_384', 'internimage_xl_22k_192to384.pth', 384, 21841),
-        ('internimage_huge.opengvlab_joint_in22k_ft_in1k_640', 'internimage_h_22kto1k_640.pth', 640, 1000),
+        ('internimage_huge.opengvlab_joint_in22k_ft_in1k_640', 'internimage_h_22kto1k_640', 640, 1000),
         ('internimage_huge.opengvlab_joint_in22k_384', 'internimage_h_jointto22k_384.pth', 384, 21841),
-        ('internimage_giant.opengvlab_joint_in22k_ft_in1k_512', 'internimage_g_22kto1k_512.pth', 512, 1000),
+        ('internimage_giant.opengvlab_joint_in22k_ft_in1k_512', 'internimage_g_22kto1k_512', 512, 1000),
         ('internimage_giant.opengvlab_joint_in22k_384', 'internimage_g_pretrainto22k_384.pth', 384, 21841),
     ],
 )
-def test_published_tags(tag, filename, size, num_classes):
+def test_published_tags(tag, file, size, num_classes):
     cfg = get_pretrained_cfg(tag)
-    assert (cfg.hf_hub_id, cfg.hf_hub_filename) == ('OpenGVLab/InternImage', filename)
+    address = f'InternImage/{file}' if file.endswith('.pth') else f'{file}/model.safetensors'
+    assert f'{cfg.hf_hub_id}/{cfg.hf_hub_filename}' == f'OpenGVLab/{address}'
     assert cfg.license == 'mit' and cfg.origin_url
     assert cfg.input_size == (3, size, size) and cfg.pool_size == (size // 32, size // 32)
     assert tag in timm.list_pretrained()
