@@ -1,8 +1,9 @@
 """Weights from the Hugging Face Hub and to it.
 
 huggingface_hub does the work: it downloads, resumes, caches, locks and replaces files atomically. What it does not do
-is look at what it got or finds in its cache: a file of the right size is good enough for it. `fetch` does, and
-everything that this package loads from a Hub goes through it, `timm.create_model(..., pretrained=True)` included.
+is look at what it got or finds in its cache: a file of the right size is good enough for it. `fetch` does, and all
+that this package loads from a Hub goes through it, `timm.create_model(..., pretrained=True)` included. `fetch_url` is
+its counterpart for other servers.
 """
 
 import contextlib
@@ -368,7 +369,7 @@ def _explain(error: BaseException, server: str) -> str:
     if isinstance(error, EntryNotFoundError):
         return f'the repository has no such file: {_request(error)}'
     if isinstance(error, OfflineModeIsEnabled):
-        return 'HF_HUB_OFFLINE forbids to fetch it'
+        return 'HF_HUB_OFFLINE forbids requests'
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         reasons = {

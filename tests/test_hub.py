@@ -278,7 +278,7 @@ def test_offline_and_unreachable(served, impatient, monkeypatch):
     assert fetch(REPO, FILE).read_bytes() == BODY
     with pytest.raises(LocalEntryNotFoundError) as raised:
         fetch(REPO, 'other.pth')
-    assert explain(raised.value) == 'it is not in the cache, and HF_HUB_OFFLINE forbids to fetch it'
+    assert explain(raised.value) == 'it is not in the cache, and HF_HUB_OFFLINE forbids requests'
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
     nowhere = 'http://127.0.0.1:9'
     monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', nowhere)
@@ -418,7 +418,7 @@ def test_a_url_keeps_its_secrets(served, impatient, tmp_path, monkeypatch, caplo
             fetch_url(f'{server}/files/{REPO}/{name}?token={SECRET}')
         said += ''.join(traceback.format_exception(raised.value))
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
-    with pytest.raises(WeightsError, match=f'{FILE}: HF_HUB_OFFLINE forbids to fetch it') as raised:
+    with pytest.raises(WeightsError, match=f'{FILE}: HF_HUB_OFFLINE forbids requests') as raised:
         fetch_url(f'{served.url}/files/{REPO}/{FILE}?token={SECRET}2')
     said += ''.join(traceback.format_exception(raised.value))
     assert 'resume' in caplog.text and '429' in caplog.text

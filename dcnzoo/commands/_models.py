@@ -58,7 +58,7 @@ def load_model(name: str, pretrained: bool = True, **kwargs) -> nn.Module:
         print(f'loading {name} from the Hugging Face Hub or its cache', file=sys.stderr)
     try:
         scheme, _, repo_id = name.partition(':')
-        if scheme == 'hf-hub':  # before timm reads it
+        if scheme in ('hf-hub', 'hf_hub'):  # before timm reads it
             fetch_config(repo_id)
         return timm.create_model(name, pretrained=pretrained, **kwargs).eval()
     except Exception as error:  # whatever a hub client, a file or a state_dict that does not fit may raise

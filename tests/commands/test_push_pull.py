@@ -1,5 +1,7 @@
 import json
+import os
 
+import huggingface_hub
 import pytest
 import timm
 
@@ -101,12 +103,28 @@ def test_mistakes_get_one_line(dcnzoo, hub, trained, arguments, says):
     assert says in err[0]
 
 
+def test_a_damaged_cache_is_repaired(dcnzoo, writable, trained, tmp_path):
+    """The configuration's, too, though it is timm that reads it."""
+    dcnzoo('push', trained, '--repo', 'me/mine')
+    image = noise(tmp_path / 'image.png')
+    arguments = ('predict', image, '--model', 'hf-hub:me/mine', '--json')
+    expected = dcnzoo(*arguments)
+    for name in ('config.json', 'model.safetensors'):
+        (path,) = writable.cache.rglob(name)
+        os.truncate(path.resolve(), 100)
+        assert dcnzoo(*arguments) == expected
+    assert expected[0] == 0
+
+
 def test_push_without_a_right(dcnzoo, hub, trained, monkeypatch):
     code, _, err = dcnzoo('push', trained, '--repo', 'me/mine')
     assert (code, err) == (1, ['dcnzoo push: the server wants a token, or another one than HF_TOKEN has'])
     monkeypatch.setenv('HF_TOKEN', TOKEN)
     code, _, err = dcnzoo('push', trained, '--repo', 'me/mine')
     assert (code, err) == (1, ['dcnzoo push: the token in HF_TOKEN does not allow that'])
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    code, _, err = dcnzoo('push', trained, '--repo', 'me/mine')
+    assert (code, err) == (1, ['dcnzoo push: HF_HUB_OFFLINE forbids requests'])
 
 
 def test_a_backbone(dcnzoo, writable, tmp_path):
