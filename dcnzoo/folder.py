@@ -84,7 +84,7 @@ def _remove_drafts(folder: Path, prefix: str) -> None:
     for draft in folder.iterdir():
         found = re.fullmatch(rf'{re.escape(prefix)}(\d+)\.draft', draft.name)
         if found and (int(found[1]) == os.getpid() or not _runs(int(found[1]))):
-            shutil.rmtree(draft)
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _runs(pid: int) -> bool:

@@ -432,9 +432,10 @@ def test_too_little_space_is_noticed_before(checkpoint, out, monkeypatch):
 
 
 @pytest.mark.slow
-def test_twelve_gigabytes_in_shards(tmp_path, out, checkpoint):
-    """The largest published size. Its shards are sparse: zeros that take no room on the disk."""
-    name = 'internimage_giant' if timm.is_model('internimage_giant') else 'dcnv4_large'
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads memory as Linux counts it')
+@pytest.mark.parametrize('name', ['internimage_large', 'internimage_giant'])
+def test_gigabytes_in_shards(name, tmp_path, out, checkpoint):
+    """Up to the 12 GB of the largest that was published. The shards are sparse: zeros that take no room on the disk."""
     with torch.device('meta'):
         state_dict = timm.create_model(name).state_dict()
     size = sum(value.nbytes for value in state_dict.values())
