@@ -123,7 +123,7 @@ def build_scheduler(config: Config, optimizer: torch.optim.Optimizer, batches: i
             sched=schedule.name,
             num_epochs=schedule.epochs - schedule.cooldown_epochs,
             cooldown_epochs=schedule.cooldown_epochs,
-            warmup_epochs=schedule.warmup_epochs,
+            warmup_epochs=schedule.warmup,
             warmup_lr=scaled(schedule.warmup_lr, config, processes),
             min_lr=scaled(schedule.min_lr, config, processes),
             decay_epochs=schedule.decay_epochs,

@@ -208,8 +208,8 @@ class ScheduleConfig:
     """schedule of timm: cosine, step, multistep, poly, tanh, plateau, or none"""
     epochs: int = 100
     """passes over the training images"""
-    warmup_epochs: float = 5
-    """epochs of linear warm-up, part of epochs"""
+    warmup_epochs: float | None = None
+    """epochs of linear warm-up, part of epochs; 5, but at most a tenth of epochs, if not given"""
     warmup_lr: float = 1e-6
     """learning rate at the start of the warm-up"""
     min_lr: float = 0.0
@@ -226,6 +226,11 @@ class ScheduleConfig:
     """epochs at min_lr at the end, part of epochs"""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """further arguments of timm's create_scheduler_v2, such as {cycle_limit: 3}"""
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of warm-up, given or not."""
+        return min(5, self.epochs / 10) if self.warmup_epochs is None else self.warmup_epochs
 
 
 @dataclass
@@ -388,7 +393,7 @@ def check(config: Config) -> None:
         raise TrainError('give loss.class_weight or loss.class_weights, not both', usage=True)
     if mixed and data.batch_size % 2:
         raise TrainError(f'data.batch_size should be even, as mixup pairs images, got {data.batch_size}', usage=True)
-    if schedule.warmup_epochs >= schedule.epochs and schedule.name != 'none':
+    if schedule.warmup >= schedule.epochs and schedule.name != 'none':
         raise TrainError(
             f'schedule.warmup_epochs should be less than schedule.epochs ({schedule.epochs}), '
             f'got {schedule.warmup_epochs}',

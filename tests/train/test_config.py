@@ -96,13 +96,22 @@ def test_wrong_yaml(tmp_path, content, message):
         (['--optim.lr', 'nan'], r'optim\.lr should be float, got nan'),
         (['--augment.mixup', '1', '--data.batch_size', '3'], r'data\.batch_size should be even'),
         (['--augment.scale', '[1.0, 0.1]'], r'augment\.scale should be two positive numbers in order'),
-        (['--schedule.epochs', '5'], r'schedule\.warmup_epochs should be less than schedule\.epochs \(5\), got 5'),
+        (
+            ['--schedule.epochs', '5', '--schedule.warmup_epochs', '5'],
+            r'schedule\.warmup_epochs should be less than schedule\.epochs \(5\), got 5',
+        ),
         (['--model.checkpoint', 'nowhere.pth'], r'model\.checkpoint: no file nowhere\.pth'),
     ],
 )
 def test_wrong_command_line(arguments, message):
     with pytest.raises(TrainError, match=message):
         parse(arguments)
+
+
+def test_a_warm_up_that_is_not_given_is_short():
+    for epochs, warmup in ((1, 0.1), (20, 2), (50, 5), (300, 5)):
+        assert parse(['--schedule.epochs', str(epochs)]).schedule.warmup == warmup
+    assert parse(['--schedule.epochs', '9', '--schedule.warmup_epochs', '8']).schedule.warmup == 8
 
 
 def test_names_are_found_beside_the_package_too(tmp_path, monkeypatch):
