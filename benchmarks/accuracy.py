@@ -8,6 +8,7 @@ from . import report
 from .trainings import every, spread, train
 
 CONFIG = 'peers_flowers'
+TAKE_NO_DROP_PATH = ('ghostnetv2_100',)
 NETWORKS = ['dcnv4_atto', 'convnext_atto', 'edgenext_small', 'ghostnetv2_100', 'mobilenetv3_large_100', 'resnet10t']
 
 
@@ -25,7 +26,10 @@ class Result:
 
 
 def measure(network: str, seed: int, options: Namespace) -> Result:
-    summary, last = train(CONFIG, network, seed, ['--model.name', network], options)
+    arguments = ['--model.name', network]
+    if network in TAKE_NO_DROP_PATH:
+        arguments += ['--model.drop_path_rate', 'null']
+    summary, last = train(CONFIG, network, seed, arguments, options)
     costs = (summary[name] for name in ('parameters', 'train_seconds', 'images_per_second'))
     return Result(network, seed, float(last['val_top1']), summary['val_top1'], *costs)
 
