@@ -1,5 +1,7 @@
 """The images: data sets by timm's names, checked before training; loaders; what happens to a batch on the device."""
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -206,6 +208,8 @@ def build_loaders(
     except (AssertionError, KeyError, ValueError, RuntimeError) as error:
         raise TrainError(f'augment: {error or type(error).__name__}') from None
 
+    if data.workers:
+        atexit.register(_end_loading)
     loaders = []
     sides = (splits.train, train_transform, train_shape, True), (splits.val, val_transform, val_shape, False)
     for dataset, transform, shape, train in sides:
@@ -262,6 +266,13 @@ def _train_transform(
 def _leave_signals_to_the_trainer(worker: int) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
+
+
+def _end_loading() -> None:
+    """Ends what is left of the loading processes: Python would send them SIGTERM, and wait."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 class BatchTransform:

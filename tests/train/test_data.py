@@ -1,4 +1,6 @@
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from dcnzoo.train.data import (
 from dcnzoo.train.errors import TrainError
 from dcnzoo.train.samples import Samples, StreamedSamples
 
-from .conftest import CLASSES
+from .conftest import CLASSES, settings
 
 INPUT = {
     'input_size': (3, 32, 32),
@@ -257,3 +259,10 @@ def test_batch_transform():
 def test_unknown_policy(photos):
     with pytest.raises(TrainError, match='augment'):
         loaders(photos, auto_augment='rnad-m9')
+
+
+def test_a_run_ends_though_its_loaders_still_wait_to_be_collected(photos, tmp_path):
+    program = 'import gc, sys; gc.disable(); from dcnzoo.train.main import main; sys.exit(main(sys.argv[1:]))'
+    arguments = settings(photos, tmp_path / 'run', data__workers=1, schedule__epochs=1)
+    result = subprocess.run([sys.executable, '-c', program, *arguments], stderr=subprocess.PIPE, timeout=120)
+    assert result.returncode == 0, result.stderr
