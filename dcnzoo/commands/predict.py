@@ -39,12 +39,13 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args.model).to(device)
     if not getattr(model, 'num_classes', 0):
         raise CommandError(f'{args.model} has no classifier')
+    truths = _truths(files, class_names(model)) if args.truth else None
 
     results = []
     for start in range(0, len(files), args.batch_size):
         results += predict(model, files[start : start + args.batch_size], device, args.topk)
-    if args.truth:
-        _compare(results, class_names(model))
+    if truths is not None:
+        _compare(results, truths)
     if args.json:
         print(json.dumps(results, indent=2))
     else:
@@ -98,13 +99,16 @@ def predict(model: torch.nn.Module, files: list[Path], device: torch.device, top
     return results
 
 
-def _compare(results: list[dict], names: list[str]) -> None:
-    for result in results:
-        truth = Path(result['image']).resolve().parent.name
+def _truths(files: list[Path], names: list[str]) -> list[str]:
+    truths = [file.resolve().parent.name for file in files]
+    for file, truth in zip(files, truths, strict=True):
         if truth not in names:
-            raise CommandError(
-                f'--truth: {result["image"]} lies in the folder {truth!r}, which is not a class of the model'
-            )
+            raise CommandError(f'--truth: {file} lies in the folder {truth!r}, which is not a class of the model')
+    return truths
+
+
+def _compare(results: list[dict], truths: list[str]) -> None:
+    for result, truth in zip(results, truths, strict=True):
         result['truth'] = truth
         if 'predictions' in result:
             result['correct'] = result['predictions'][0]['label'] == truth
