@@ -325,6 +325,19 @@ def test_two_processes_at_once(served):
 
 
 @forks
+def test_two_processes_at_one_url(served, tmp_path, monkeypatch):
+    """One downloads, the other waits for it."""
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'torch'))
+    url = f'{served.url}/files/{REPO}/{FILE}'
+    served.gate.clear()
+    children = [fork(lambda: fetch_url(url)) for _ in range(2)]
+    threading.Timer(0.3, served.gate.set).start()
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert fetch_url(url).read_bytes() == BODY
+    assert served.count('GET', FILE) == 1
+
+
+@forks
 def test_two_processes_repair_at_once(served):
     flip(fetch(REPO, FILE).resolve())
     children = [fork(lambda: fetch(REPO, FILE)) for _ in range(2)]

@@ -307,6 +307,9 @@ def test_average(trained, tmp_path, capsys):
         expected = (first[key].double() + second[key]) / 2 if value.is_floating_point() else second[key]
         torch.testing.assert_close(value, expected.to(value.dtype), rtol=0, atol=0)
 
+    assert command(['average', str(trained), '--output', str(tmp_path / 'average')]) == 1
+    assert 'is there already' in capsys.readouterr().err
+
     files = [str(folder / 'model.safetensors') for folder in checkpoints]
     assert command(['average', *files[:1], *files[:1], '--output', str(tmp_path / 'same')]) == 0
     same = load_file(tmp_path / 'same' / 'model.safetensors')
