@@ -416,8 +416,8 @@ class InternImage(Backbone):
 
         Args:
             indices: Stages to keep the outputs of: the last n for an int, those listed for a list.
-            prune_norm: Take away what is behind the last stage, even where that is kept.
-            prune_head: Take it away, too.
+            prune_norm: Take away what is behind the last stage, head included, even where all stages are kept.
+            prune_head: The same.
 
         Returns:
             The stages' indices.

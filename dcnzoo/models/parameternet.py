@@ -397,8 +397,8 @@ class ParameterNet(Backbone):
 
         Args:
             indices: Resolutions to keep: the last n for an int, those listed for a list.
-            prune_norm: Take away what is behind the last block, even where that is kept.
-            prune_head: Take it away, too.
+            prune_norm: Take away what is behind the last block, head included, even where all blocks are kept.
+            prune_head: The same.
 
         Returns:
             The resolutions' indices.
