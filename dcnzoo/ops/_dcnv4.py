@@ -121,6 +121,8 @@ def _is_int(number: object) -> bool:
 
 
 def _pair(name: str, size: object, least: int) -> tuple[int, int]:
+    if type(size) is int and size >= least:  # nearly always; the checks below take a tenth of a small map's time
+        return size, size
     pair = (size, size) if _is_int(size) else size
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not (_is_int(pair[0]) and _is_int(pair[1])):
         raise TypeError(f'{name} must be an int or a (height, width) pair of ints, got {size!r}')

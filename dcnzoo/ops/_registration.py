@@ -50,42 +50,65 @@ def register(name: str, tensors: int, fake: Callable[..., Tensor]) -> None:
 def _register_one(name: str, backend: str | None, tensors: int, fake: Callable[..., Tensor]) -> None:
     forward_op, backward_op = operator(name, backend), operator(f'{name}_backward', backend)
 
-    def save(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:tensors])
-        ctx.plain = inputs[tensors:]
-
-    def backward(ctx, grad_output):
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        grads = backward_op(grad_output, *ctx.saved_tensors, *ctx.plain, deterministic)
-        return *grads, *(None for _ in ctx.plain)
+    def backward(operands, plain, grad_output):
+        return backward_op(grad_output, *operands, *plain, torch.are_deterministic_algorithms_enabled())
 
     def fake_backward(grad_output, *arguments):
         return tuple(tensor.new_empty(tensor.shape) for tensor in arguments[:tensors])
 
-    def save_backward(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[: tensors + 1])
-        ctx.plain = inputs[tensors + 1 : -1]
-
-    def double_backward(ctx, *grads):
+    def double_backward(operands, plain, *grads):
         """Second derivatives are rare enough to be left to the reference."""
         with torch.enable_grad():
-            inputs = tuple(tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
+            inputs = tuple(tensor.detach().requires_grad_() for tensor in operands)
             grad_output, *operands = inputs
-            output = getattr(reference, name)(*operands, *ctx.plain)
+            output = getattr(reference, name)(*operands, *plain[:-1])
             first = torch.autograd.grad(output, operands, grad_output, create_graph=True)
-        second = torch.autograd.grad(first, inputs, grads, allow_unused=True)
-        return *second, *(None for _ in ctx.plain), None
+        return torch.autograd.grad(first, inputs, grads, allow_unused=True)
 
     torch.library.register_fake(forward_op, fake, lib=library)
     torch.library.register_fake(backward_op, fake_backward, lib=library)
-    torch.library.register_autograd(forward_op, backward, setup_context=save, lib=library)
-    torch.library.register_autograd(backward_op, double_backward, setup_context=save_backward, lib=library)
+    _register_autograd(forward_op, tensors, backward)
+    _register_autograd(backward_op, tensors + 1, double_backward)
     torch.library.register_vmap(forward_op, _vmap_rule(forward_op, tensors), lib=library)
     torch.library.register_vmap(backward_op, _vmap_rule(backward_op, tensors + 1), lib=library)
     for key in ('AutocastCPU', 'AutocastCUDA', 'AutocastXPU', 'AutocastMPS'):
         # Autocast leaves the operands as they come: the kernels compute in float32 for half types anyway.
         for op in (forward_op, backward_op):
             library.impl(op, torch.library.fallthrough_kernel, key)
+
+
+def _register_autograd(op: torch._ops.OpOverload, tensors: int, backward: Callable[..., tuple]) -> None:
+    """Does what `torch.library.register_autograd` does, for operators without defaults or lists of tensors.
+
+    That one looks through the whole schema at every call, which takes as long as the operator on a map of 7 x 7 pixels.
+
+    Args:
+        op: An operator that takes its tensors first.
+        tensors: How many tensors it takes.
+        backward: Computes their gradients from them, from the other arguments and from the outputs' gradients.
+    """
+
+    def redispatch(keyset, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    def record(ctx, keyset, *arguments):
+        ctx.save_for_backward(*arguments[:tensors])
+        ctx.plain = arguments[tensors:]
+        return redispatch(keyset, *arguments)
+
+    def propagate(ctx, *grads):
+        return None, *backward(ctx.saved_tensors, ctx.plain, *grads), *(None for _ in ctx.plain)
+
+    # With the operator's name for profilers and error messages.
+    methods = {'forward': staticmethod(record), 'backward': staticmethod(propagate)}
+    function = type(op._opname, (torch.autograd.Function,), methods)
+
+    def differentiate(keyset, *arguments):
+        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments[:tensors])
+        return (function.apply if recorded else redispatch)(keyset, *arguments)
+
+    library.impl(op, differentiate, 'Autograd', with_keyset=True)
 
 
 def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
