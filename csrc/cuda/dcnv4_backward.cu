@@ -238,7 +238,7 @@ std::tuple<Tensor, Tensor> dcnv4_backward(
       value, offset_mask, groups, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
       offset_scale, remove_center, softmax);
   check_grad_output(grad_output, value, geometry);
-  const DeviceScope device(value);
+  const DeviceScope device({&value, &offset_mask, &grad_output});
   const Tensor grads = with_contiguous_channels(grad_output), map = with_contiguous_channels(value);
   const Tensor offsets = with_contiguous_channels(offset_mask);
   Tensor grad_offset_mask = torch::stable::new_empty(offset_mask, offset_mask.sizes());

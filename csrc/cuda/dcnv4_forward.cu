@@ -135,7 +135,7 @@ Tensor dcnv4(
   const Geometry geometry = check_arguments(
       value, offset_mask, groups, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
       offset_scale, remove_center, softmax);
-  const DeviceScope device(value);
+  const DeviceScope device({&value, &offset_mask});
   Tensor output = torch::stable::new_empty(
       value, {geometry.batch, geometry.out_height, geometry.out_width, geometry.channels});
   const Tensor offsets = with_contiguous_channels(offset_mask);
@@ -144,8 +144,10 @@ Tensor dcnv4(
     using T = typename decltype(value_tag)::type;
     using Offset = typename decltype(offset_tag)::type;
     if (is_vectorizable(geometry, kWide<T>, {&map, &offsets})) {
-      const auto kernel = geometry.group_width % (2 * kWide<T>) == 0 ? &run<T, Offset, kWide<T>, 2, int32_t>
-                                                                     : &run<T, Offset, kWide<T>, 1, int32_t>;
+      // Two vectors to a lane only where every lane has two in every round.
+      const int64_t pairs = geometry.group_width / (2 * kWide<T>);
+      const bool even = geometry.group_width % (2 * kWide<T>) == 0 && (pairs < kWarp || pairs % kWarp == 0);
+      const auto kernel = even ? &run<T, Offset, kWide<T>, 2, int32_t> : &run<T, Offset, kWide<T>, 1, int32_t>;
       kernel(device, geometry, aligned(map), offsets, output);
     } else {
       run<T, Offset, 1, 1, int64_t>(device, geometry, map, offsets, output);

@@ -186,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_attn_backward(
     const std::vector<int64_t>& spatial_shapes, bool deterministic) {
   const Attention sizes = check_attention(value, sampling_locations, attention_weights, spatial_shapes);
   check_attention_gradient(grad_output, value, sizes);
-  const DeviceScope device(value);
+  const DeviceScope device({&value, &sampling_locations, &attention_weights, &grad_output});
   Tensor grad_value = value;
   Tensor grad_locations = torch::stable::new_empty(sampling_locations, sampling_locations.sizes());
   Tensor grad_weights = torch::stable::new_empty(attention_weights, attention_weights.sizes());

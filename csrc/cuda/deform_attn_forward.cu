@@ -76,7 +76,7 @@ Tensor deform_attn(
     const Tensor& value, const Tensor& sampling_locations, const Tensor& attention_weights,
     const std::vector<int64_t>& spatial_shapes) {
   const Attention sizes = check_attention(value, sampling_locations, attention_weights, spatial_shapes);
-  const DeviceScope device(value);
+  const DeviceScope device({&value, &sampling_locations, &attention_weights});
   Tensor output = torch::stable::new_empty(value, {sizes.batch, sizes.queries, sizes.heads * sizes.depth});
   if (sizes.batch * sizes.queries == 0) {
     return output;

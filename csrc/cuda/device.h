@@ -5,6 +5,8 @@
 
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
+#include <string>
 #include <type_traits>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -119,12 +121,12 @@ __device__ __forceinline__ void split(const Vector<float, 2>& numbers, uint32_t&
   std::memcpy(&low, &rest, sizeof(low));
 }
 
-// Makes a tensor's device current for a scope, and knows its current stream.
+// Makes the device of a call's tensors current for a scope, and knows its current stream.
 class DeviceScope {
  public:
-  explicit DeviceScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+  explicit DeviceScope(std::initializer_list<const Tensor*> tensors) : guard_(common_device(tensors)) {
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(common_device(tensors), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
@@ -142,6 +144,20 @@ class DeviceScope {
   }
 
  private:
+  // TorchScript comes here without the checks in Python, and a kernel that reads another device's memory ends the process.
+  static int32_t common_device(std::initializer_list<const Tensor*> tensors) {
+    const Tensor& first = **tensors.begin();
+    for (const Tensor* tensor : tensors) {
+      STD_TORCH_CHECK(
+          tensor->is_cuda() == first.is_cuda() && tensor->get_device_index() == first.get_device_index(),
+          "all tensors must be on the same device, got ", describe(first), " and ", describe(*tensor));
+    }
+    return first.get_device_index();
+  }
+  static std::string describe(const Tensor& tensor) {
+    return tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "one that is not CUDA";
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 };

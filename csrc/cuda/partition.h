@@ -63,7 +63,7 @@ struct PixelOrder {
   PixelOrder() = default;
   PixelOrder(int64_t height, int64_t width)
       : bands(static_cast<Index>((height + kRows - 1) / kRows)),
-        band(kRows * width),
+        band(std::min(kRows, height) * width),  // so that it is no more than there are pixels
         rows(kRows),
         last_rows(height - (bands - 1) * kRows) {}
 

@@ -76,6 +76,12 @@ int main() {
     }
   }
   check_order<int32_t>(200, 321);
+  // Rows so long that four of them are more pixels than an int32_t counts.
+  const PixelOrder<int32_t> row(1, 1 << 30);
+  for (const int64_t i : {0, 1, (1 << 29) + 1, (1 << 30) - 1}) {
+    const auto pixel = row(static_cast<int32_t>(i));
+    require(pixel.row == 0 && pixel.column == i, "pixel of a long row", i, pixel.row, pixel.column);
+  }
   for (int i = 0; i < 20000; ++i) {
     const int64_t vector = int64_t{1} << draw(0, 4);
     const int64_t group_width = vector * draw(1, 80), groups = draw(1, 64), warps = draw(1, 8);

@@ -97,6 +97,18 @@ def test_other_device(backend):
     check([result.cuda(0) for result in results], expected(STAGE, operands), torch.float16)
 
 
+def test_tensors_on_different_devices_without_the_checks_in_python():
+    """The registered operator, as TorchScript calls it."""
+    if 'native' not in available_backends('cuda'):
+        pytest.skip('the CUDA library was not built')
+    value, offset_mask, grad_output = Case('plain').operands(torch.float32, 'cuda')
+    arguments = 2, 3, 3, 1, 1, 1, 1, 1, 1, 1.0, False, False
+    with pytest.raises(RuntimeError, match='all tensors must be on the same device, got cuda:0 and one that is not'):
+        torch.ops.dcnzoo.dcnv4(value, offset_mask.cpu(), *arguments)
+    with pytest.raises(RuntimeError, match='all tensors must be on the same device'):
+        torch.ops.dcnzoo.dcnv4_backward(grad_output.cpu(), value, offset_mask, *arguments, False)
+
+
 @pytest.mark.slow
 def test_more_elements_than_fit_32_bits(backend):
     """One of the last images of a batch of 2^31 + elements agrees with the same image alone."""

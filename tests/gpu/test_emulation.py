@@ -43,6 +43,16 @@ def test_deterministic_gradients_of_narrow_groups(operators, case, dtype):
     check(run(operators, case.geometry, *operands, deterministic=True), answer(case.geometry, *operands), dtype)
 
 
+@pytest.mark.parametrize('vectors', [64, 65, 96])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32], ids=str)
+def test_groups_that_take_a_warp_several_rounds(operators, dtype, vectors):
+    """A lane takes one vector of 16 bytes at a time, or two where all lanes can."""
+    channels = 2 * vectors * 16 // dtype.itemsize
+    case = Case('wide', batch=1, height=3, width=3, channels=channels, arguments={'groups': 2})
+    operands = case.operands(dtype)
+    check(run(operators, case.geometry, *operands), answer(case.geometry, *operands), dtype)
+
+
 @pytest.mark.parametrize('softmax', [False, True])
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 def test_scattered_gradients_of_wide_groups(operators, dtype, softmax):
