@@ -6,6 +6,7 @@ dcnzoo-yolo adopt OLD.pt                                      a checkpoint of ha
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,12 +73,14 @@ def _run(arguments: list[str]) -> int:
 def _with_config(argument: str) -> str:
     """Replaces model=VARIANT by the path of its configuration; other arguments stay."""
     from ..integrations.ultralytics.configs import VARIANTS, config_by_name
+    from ..integrations.ultralytics.registration import nearest
 
     key, _, value = argument.partition('=')
     name = value.removesuffix('.yaml')
-    if key != 'model' or Path(value).exists() or not ('+' in name or name.endswith(tuple(VARIANTS))):
+    if key != 'model' or Path(value).exists() or not re.fullmatch(r'yolov?\d+[^./]*(\+.*)?', name):
         return argument
-    return f'model={config_by_name(name)}'
+    meant = '+' in name or nearest(name.partition('-')[2], VARIANTS)  # a misspelt one too
+    return f'model={config_by_name(name)}' if meant else argument
 
 
 def add_models_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,12 +3,19 @@
 Importing this package makes ultralytics know the blocks by name, in YAML files and in checkpoints.
 """
 
+import re
+
 try:
-    import ultralytics  # noqa: F401
+    import ultralytics
 except ModuleNotFoundError as error:
     if error.name != 'ultralytics':
         raise
     raise ImportError("dcnzoo.integrations.ultralytics needs ultralytics: pip install 'dcnzoo[yolo]'") from error
+if tuple(map(int, re.findall(r'\d+', ultralytics.__version__)[:3])) < (8, 3, 240):
+    raise ImportError(
+        f'dcnzoo.integrations.ultralytics needs ultralytics 8.3.240 or newer, found {ultralytics.__version__}: '
+        "pip install --upgrade 'dcnzoo[yolo]'"
+    )
 
 from .blocks import (
     C2f_DCNv4,

@@ -235,6 +235,8 @@ class TimmBackbone(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps images (N, 3, H, W) to three maps (N, C_i, H / stride_i, W / stride_i)."""
+        if x.shape[1] != 3:
+            raise ValueError(f'a timm backbone takes images of 3 channels, got {x.shape[1]}')
         return self.m((x - self.mean) / self.std)
 
 

@@ -1,6 +1,6 @@
 """Checkpoints of hand-patched copies of ultralytics, which name classes that exist nowhere else."""
 
-import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -8,27 +8,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from ultralytics.nn import tasks
+from ultralytics.nn import modules, tasks
 from ultralytics.utils import DEFAULT_CFG_DICT
 
-_MODELS = {
-    'detect': 'DetectionModel',
-    'segment': 'SegmentationModel',
-    'classify': 'ClassificationModel',
-    'pose': 'PoseModel',
-    'obb': 'OBBModel',
+from ...folder import new_file
+from .registration import BLOCKS, check_block
+
+# ultralytics' models that can be rebuilt, and what they are for.
+_TASKS = {
+    'DetectionModel': 'detect',
+    'SegmentationModel': 'segment',
+    'ClassificationModel': 'classify',
+    'PoseModel': 'pose',
+    'OBBModel': 'obb',
 }
+
+# ultralytics evaluates this entry of a configuration as Python: nn.SiLU(), torch.nn.LeakyReLU(0.1) and their like.
+_ACTIVATION = re.compile(r'(torch\.)?nn\.\w+\([\w\s.,=+-]*\)')
 
 
 def adopt(path: str | Path, output: str | Path, rename: Mapping[str, str] | None = None) -> nn.Module:
     """Rebuilds the model of a checkpoint from its YAML and its tensors, and saves it as a checkpoint of today.
 
     No code of the file runs: tensors and plain values are all that is read, and what else the file names, classes of
-    the patched files for instance, is replaced by something inert.
+    the patched files for instance, is replaced by something inert. Its YAML may name layers only.
 
     Args:
         path: The checkpoint, a whole model as ultralytics saves it.
-        output: The new checkpoint, which `YOLO` loads; its folder must exist, the file must not.
+        output: The new checkpoint, which `YOLO` loads; there must be no such file yet.
         rename: Blocks by the names they have in the checkpoint's YAML, where they are others than ours.
 
     Returns:
@@ -41,25 +48,31 @@ def adopt(path: str | Path, output: str | Path, rename: Mapping[str, str] | None
     if Path(output).exists():
         raise FileExistsError(f'output {output} exists')
     checkpoint = read(path)
-    source = checkpoint.get('ema') or checkpoint.get('model')
-    state = vars(source) if isinstance(source, (Inert, nn.Module)) else {}
+    saved = (checkpoint.get(key) for key in ('ema', 'model'))
+    source = next((model for model in saved if isinstance(model, (Inert, nn.Module))), None)
+    state = vars(source) if source is not None else {}
     if not isinstance(state.get('yaml'), dict) or '_modules' not in state:
         raise ValueError(f'{path} has no whole model with its YAML in it, as ultralytics saves one')
-    config = _renamed(state['yaml'], rename or {})
-    task = tasks.guess_model_task(config)
-    if task not in _MODELS:
-        raise ValueError(f'{path} is a model for {task!r}; there are {", ".join(_MODELS)}')
+    kind = type(source).__name__.rpartition('.')[2]
+    if kind not in _TASKS:
+        raise ValueError(f'{path} has a {kind}, not one of {", ".join(_TASKS)}')
 
-    model = getattr(tasks, _MODELS[task])(config, ch=config.get('channels', 3), verbose=False)
-    _load(model, dict(_tensors(source)), path)
-    model.task = task
-    model.names = dict(state.get('names') or model.names)
+    try:
+        config = _checked(state['yaml'], rename or {})
+        tensors = dict(_tensors(source))
+        model = getattr(tasks, kind)(config, ch=config.get('channels', 3), verbose=False)
+        names = {int(index): str(name) for index, name in dict(state.get('names') or model.names).items()}
+    except Exception as error:  # whatever a file out of unknown hands may hold
+        reason = error if isinstance(error, ValueError) else f'{type(error).__name__}: {error}'
+        raise ValueError(f'{path} has a model that cannot be rebuilt: {reason}') from error
+    _load(model, tensors, path)
     given = checkpoint.get('train_args')
-    arguments = {key: value for key, value in (given or {}).items() if key in DEFAULT_CFG_DICT and not _inert(value)}
-    model.args = {**arguments, 'task': task}
-    part = Path(f'{output}.{os.getpid()}')
-    torch.save({'epoch': -1, 'model': model.half(), 'ema': None, 'train_args': model.args}, part)
-    part.replace(output)
+    given = given if isinstance(given, dict) else {}
+    model.task, model.names = _TASKS[kind], names
+    model.args = {key: value for key, value in given.items() if key in DEFAULT_CFG_DICT and _plain(value)}
+    model.args['task'] = model.task
+    with new_file(Path(output)) as draft:
+        torch.save({'epoch': -1, 'model': model.half(), 'ema': None, 'train_args': model.args}, draft)
     return model.float().eval()
 
 
@@ -94,8 +107,11 @@ class Inert:
         self.__dict__.update(state if isinstance(state, dict) else {})
 
 
-def _inert(value: Any) -> bool:
-    return isinstance(value, Inert) or (isinstance(value, type) and issubclass(value, Inert))
+def _plain(value: Any) -> bool:
+    """Whether a value is made of nothing but Python's own numbers, texts and lists."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def _tensors(module: Inert | nn.Module, prefix: str = '') -> Iterator[tuple[str, Tensor]]:
@@ -110,16 +126,27 @@ def _tensors(module: Inert | nn.Module, prefix: str = '') -> Iterator[tuple[str,
             yield from _tensors(child, f'{prefix}{name}.')
 
 
-def _renamed(config: Mapping, names: Mapping[str, str]) -> dict:
-    """A configuration with blocks renamed and with its own scale only."""
+def _checked(config: Mapping, names: Mapping[str, str]) -> dict:
+    """A configuration of layers and nothing else, with blocks renamed and with its own scale only."""
     config = {**config}
+    activation = config.get('activation')
+    if activation is not None and not _ACTIVATION.fullmatch(activation):
+        raise ValueError(f'its activation must be a call such as nn.SiLU(), got {activation!r}')
     for section in ('backbone', 'head'):
         config[section] = [
-            [source, repeats, names.get(name, name), args] for source, repeats, name, args in config[section]
+            [source, repeats, _checked_name(names.get(name, name)), args]
+            for source, repeats, name, args in config[section]
         ]
     if config.get('scale') in config.get('scales', {}):
         config['scales'] = {config['scale']: config['scales'][config['scale']]}
     return config
+
+
+def _checked_name(name: str) -> str:
+    check_block(name)
+    if not (name in BLOCKS or hasattr(modules, name) or name.startswith(('nn.', 'torchvision.ops.'))):
+        raise ValueError(f'{name} is no layer')  # whole models too are among the names that ultralytics resolves
+    return name
 
 
 def _load(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:

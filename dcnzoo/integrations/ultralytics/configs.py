@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 import yaml
 from ultralytics.utils import ROOT, USER_CONFIG_DIR
 
+from ...folder import new_file
 from .blocks import TimmBackbone
 from .registration import check_block, nearest
 
@@ -91,11 +91,9 @@ class ModelConfig(dict):
 
     def save(self, path: str | Path) -> Path:
         """Writes the configuration as a YAML file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f'{path.name}.{os.getpid()}')
-        part.write_text(self._text(), encoding='utf-8')
-        return part.replace(path)
+        with new_file(Path(path)) as draft:
+            draft.write_text(self._text(), encoding='utf-8')
+        return Path(path)
 
     def _text(self) -> str:
         return yaml.safe_dump(dict(self), sort_keys=False, default_flow_style=None)
@@ -153,7 +151,12 @@ def config_by_name(name: str) -> ModelConfig:
     """
     name, _, backbone = name.partition('+')
     variant = max((variant for variant in VARIANTS if name.endswith(f'-{variant}')), key=len, default=None)
-    base = name.removesuffix(f'-{variant}') if variant else name
+    if variant:
+        base = name.removesuffix(f'-{variant}')
+    elif backbone:
+        base = name
+    else:
+        base, _, variant = name.partition('-')  # none that there is, as the error will say
     return model_config(base, variant, backbone=backbone or None)
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 import ultralytics
+from timm.layers import Format
+from timm.models import FeatureInfo
 from torch import nn
 from ultralytics.nn import tasks
 from ultralytics.utils import dist
 
-from ... import layers
 from . import blocks
 
 # The blocks by their names in YAML files.
@@ -71,15 +72,18 @@ def register() -> None:
         ) from error
     tasks.parse_model = parse_model
     dist.generate_ddp_file = _registering(dist.generate_ddp_file)
-    torch.serialization.add_safe_globals(_modules())
+    torch.serialization.add_safe_globals(_known_to_checkpoints())
 
 
 def check_block(name: str) -> None:
     """Raises ValueError, with names alike, where neither dcnzoo nor ultralytics has a module of that name."""
-    known = {key for key, value in vars(tasks).items() if isinstance(value, type) and issubclass(value, nn.Module)}
-    if name in BLOCKS or name in known or name.startswith(('nn.', 'torchvision.ops.')):
-        return
-    raise ValueError(f'there is no block {name!r}{nearest(name, known | set(BLOCKS))}')
+    known = {*BLOCKS, *_module_names(tasks), *(f'nn.{key}' for key in _module_names(nn))}
+    if name not in known and not name.startswith('torchvision.ops.'):
+        raise ValueError(f'there is no block {name!r}{nearest(name, known)}')
+
+
+def _module_names(namespace: types.ModuleType) -> list[str]:
+    return [key for key, value in vars(namespace).items() if isinstance(value, type) and issubclass(value, nn.Module)]
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -210,8 +214,15 @@ def _registering(stock: types.FunctionType) -> types.FunctionType:
     return generate_ddp_file
 
 
-def _modules() -> list[type[nn.Module]]:
-    """The classes that checkpoints with our blocks name, for loading that admits no others."""
-    named = [*vars(blocks).values(), *vars(layers).values()]
-    classes = [value for value in named if isinstance(value, type) and issubclass(value, nn.Module)]
-    return [value for value in classes if value.__module__.startswith('dcnzoo.')]
+def _known_to_checkpoints() -> list[type]:
+    """The classes that checkpoints with our blocks name, for loading that admits no others.
+
+    The hundreds of timm, for backbones, slow such loading down and are there only where ultralytics is told to load so.
+    """
+    packages = ('dcnzoo.integrations.ultralytics.', 'dcnzoo.layers.', 'dcnzoo.models.')
+    if getattr(ultralytics.utils, 'SAFE_LOAD', False):
+        packages += ('timm.layers.', 'timm.models.')
+    kinds = (nn.Module, FeatureInfo, Format)
+    modules = [module for name, module in sys.modules.items() if name.startswith(packages)]
+    values = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
+    return [value for value in values if issubclass(value, kinds) and value.__module__.startswith(packages)]

@@ -27,27 +27,49 @@ def images(tmp_path_factory):
     return images
 
 
+class Interrupted(Exception):
+    """Ends a training early."""
+
+
 @pytest.fixture(scope='session')
 def train(images, tmp_path_factory):
-    """Trains a model for a short epoch; returns it, with the loss of one batch before and after in `losses`."""
+    """Trains a model for a short epoch; returns it, with the loss of one batch before and after in `losses`.
+
+    With `interrupt` a second epoch follows in another run, resumed from what the first left, with its losses.
+    """
     from ultralytics import YOLO
 
-    def train(config, task='detect', **settings):
-        model = YOLO(config)
-        model.losses = []
-        batch = {}
+    def train(config, task='detect', interrupt=False, **settings):
+        losses, batch = [], {}
 
         def note_loss(trainer):
             if not batch:
                 batch.update(trainer.preprocess_batch(next(iter(trainer.train_loader))))
             with torch.no_grad():
-                model.losses.append(trainer.model(batch)[0].sum().item())
+                losses.append(trainer.model(batch)[0].sum().item())
 
-        model.add_callback('on_train_start', note_loss)
-        model.add_callback('on_train_epoch_end', note_loss)
+        def load(source):
+            model = YOLO(source)
+            model.losses = losses
+            model.add_callback('on_train_start', note_loss)
+            model.add_callback('on_train_epoch_end', note_loss)
+            return model
+
+        def stop(trainer):
+            raise Interrupted
+
+        model = load(config)
         folder = tmp_path_factory.mktemp('runs')
-        model.train(data=images(task), **{**SETTINGS, 'epochs': 1, 'project': str(folder), 'name': 'run', **settings})
-        return model
+        settings = {'data': images(task), 'project': str(folder), 'name': 'run', **SETTINGS, **settings}
+        if not interrupt:
+            model.train(**{'epochs': 1, **settings})
+            return model
+        model.add_callback('on_model_save', stop)
+        with pytest.raises(Interrupted):
+            model.train(**settings, epochs=2)
+        resumed = load(folder / 'run' / 'weights' / 'last.pt')
+        resumed.train(resume=True)
+        return resumed
 
     return train
 
@@ -61,7 +83,7 @@ def fresh():
             [sys.executable, '-c', code, *map(str, arguments)],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=1200,
             env={**os.environ, **environment},
         )
         assert done.returncode == 0, done.stdout + done.stderr

@@ -153,6 +153,8 @@ def test_timm_backbone():
     assert backbone.channels == [32, 64, 128]
     assert not torch.allclose(maps[0], plain[0])  # normalised with ImageNet's mean, not with another
     assert not [key for key in backbone.state_dict() if not key.startswith('m.')]
+    with pytest.raises(ValueError, match='takes images of 3 channels, got 4'):
+        backbone(torch.rand(1, 4, 64, 64))
     with pytest.raises(ValueError, match="timm has no model 'dcnv5_tiny'"):
         blocks.TimmBackbone('dcnv5_tiny')
     with pytest.raises(ValueError, match=r'vit_tiny_patch16_224 has its last maps at strides \[16, 16, 16\]'):

@@ -156,6 +156,55 @@ def test_code_in_a_checkpoint_does_not_run(hand_patched, without_patches, tmp_pa
     assert (tmp_path / 'exec.pt').exists()  # read without it
 
 
+def test_a_configuration_does_not_run_either(hand_patched, without_patches, tmp_path):
+    """ultralytics evaluates a configuration's activation, and resolves names of whole models with their own."""
+    trap = tmp_path / 'trap'
+    code = f"__import__('pathlib').Path({str(trap)!r}).touch()"
+    nested = {'nc': 1, 'activation': code, 'backbone': [], 'head': [[-1, 1, 'Detect', ['nc']]]}
+    for change, message in (
+        ({'activation': code}, 'its activation must be a call such as nn.SiLU'),
+        ({'activation': f'nn.SiLU({code})'}, 'its activation must be a call such as nn.SiLU'),
+        ({'activation': code.encode()}, 'TypeError'),
+        ({'head': [[-1, 1, 'DetectionModel', [nested]]]}, 'DetectionModel is no layer'),
+        ({'head': [[-1, 1, 'nn.Identity']]}, 'not enough values to unpack'),
+        ({'head': None}, 'TypeError'),
+    ):
+        old, _ = hand_patched('yolov8n', 'dynamicconv', change=lambda model: model.yaml.update(change))  # noqa: B023
+        without_patches()
+        with pytest.raises(ValueError, match=f'has a model that cannot be rebuilt: {message}'):
+            adopt(old, tmp_path / 'new.pt')
+    assert not trap.exists()
+    old, _ = hand_patched(
+        'yolov8n', 'dynamicconv', change=lambda model: model.yaml.update(activation='torch.nn.LeakyReLU(0.1)')
+    )
+    without_patches()
+    assert isinstance(adopt(old, tmp_path / 'new.pt').model[0].act, nn.LeakyReLU)
+
+
+def test_what_is_not_plain_is_left_out(hand_patched, without_patches, tmp_path):
+    old, _ = hand_patched('yolov8n', 'dynamicconv')
+    content = torch.load(old, weights_only=False)
+    content['train_args'] |= {'project': tmp_path, 'classes': [tmp_path], 'freeze': [1, 2]}
+    torch.save(content, old)
+    without_patches()
+    adopted = adopt(old, tmp_path / 'new.pt')
+    assert adopted.args == {'imgsz': 320, 'data': 'mine.yaml', 'freeze': [1, 2], 'task': 'detect'}
+    assert torch.load(tmp_path / 'new.pt', weights_only=False)['train_args'] == adopted.args
+
+
+def test_other_models_and_damaged_files(hand_patched, without_patches, tmp_path):
+    old, _ = hand_patched('yolov8n', 'dynamicconv', change=lambda model: setattr(model, '__class__', tasks.WorldModel))
+    without_patches()
+    with pytest.raises(ValueError, match=r'old\.pt has a WorldModel, not one of DetectionModel, '):
+        adopt(old, tmp_path / 'new.pt')
+    whole = old.read_bytes()
+    for length in (0, 100, len(whole) // 2, len(whole) - 30):
+        old.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r'old\.pt cannot be read as a checkpoint'):
+            adopt(old, tmp_path / 'new.pt')
+    assert [path.name for path in tmp_path.iterdir()] == ['old.pt']
+
+
 def test_what_is_no_checkpoint(tmp_path):
     new = tmp_path / 'new.pt'
     text, weights, pickled = (tmp_path / name for name in ('text.pt', 'weights.pt', 'pickled.pt'))

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from ultralytics import YOLO
 from ultralytics.nn import tasks
-from ultralytics.utils import DEFAULT_CFG
 
-from dcnzoo.integrations.ultralytics import blocks, model_config
+from dcnzoo.integrations.ultralytics import BLOCKS, blocks, model_config
 
 from .conftest import SETTINGS
+from .distributed import TwoOnCPU
 from .test_configs import PAIRS
+from .test_registration import PATCHED, write_patched
 
 README = Path(__file__).parents[3] / 'README.md'
 QUICK = [('yolo11', 'c3k2-dcnv4'), ('yolov8', 'dynamicconv')]
@@ -28,22 +29,26 @@ ALL = [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for 
 
 @pytest.fixture(scope='module')
 def trained(train):
-    """Each variant, trained once."""
+    """Each variant, trained once, with an interruption."""
     models = {}
 
     def trained(family, variant):
         if (family, variant) not in models:
-            models[family, variant] = train(model_config(f'{family}n', variant))
+            models[family, variant] = train(model_config(f'{family}n', variant), interrupt=True)
         return models[family, variant]
 
     return trained
 
 
 @pytest.mark.parametrize('family, variant', ALL)
-def test_trains_validates_saves_and_predicts(family, variant, trained, tmp_path):
+def test_trains_validates_saves_resumes_and_predicts(family, variant, trained):
     model = trained(family, variant)
-    before, after = model.losses
+    before, after, resumed, end = model.losses
     assert after < before
+    assert resumed == pytest.approx(after, rel=0.02)  # checkpoints are kept in half, and of averaged weights
+    assert end < before
+    lines = (model.trainer.save_dir / 'results.csv').read_text().splitlines()
+    assert [line.split(',')[0].strip() for line in lines] == ['epoch', '1', '2']
     metrics = model.metrics.results_dict
     assert all(np.isfinite(value) for value in metrics.values())
 
@@ -82,30 +87,6 @@ def test_exports_compute_the_same(family, variant, trained):
 
     exported = model.export(format='torchscript', imgsz=(64, 96), device='cpu')
     torch.testing.assert_close(torch.jit.load(exported)(x), expected, rtol=1e-3, atol=1e-3)
-
-
-def test_goes_on_after_an_interruption_and_from_weights(train, images, tmp_path):
-    class Interrupted(Exception):
-        pass
-
-    def interrupt(trainer):
-        raise Interrupted
-
-    model = YOLO(model_config('yolo11n', 'dynamicconv'))
-    model.add_callback('on_model_save', interrupt)
-    settings = {**SETTINGS, 'data': images(), 'fraction': 0.3, 'project': str(tmp_path), 'val': False}
-    with pytest.raises(Interrupted):
-        model.train(**settings, epochs=2, name='run')
-    last = tmp_path / 'run' / 'weights' / 'last.pt'
-
-    resumed = YOLO(last)
-    resumed.train(resume=True)
-    epochs = [line.split(',')[0].strip() for line in (tmp_path / 'run' / 'results.csv').read_text().splitlines()[1:]]
-    assert epochs[-1] == '2'
-
-    tuned = YOLO(last)
-    tuned.train(**settings, epochs=1, name='tuned')
-    assert type(tuned.model.model[1]) is blocks.DynamicConv
 
 
 @pytest.mark.skipif(not README.is_file(), reason='needs the source tree')
@@ -157,36 +138,29 @@ def test_other_tasks_train_and_export(family, variant, task, suffix, train):
     torch.testing.assert_close(torch.from_numpy(out), expected, rtol=1e-3, atol=1e-3)
 
 
-def _losses_of_two(rank, config, file, results):
-    """One of two processes: three steps of plain SGD on other images each; returns a checksum of its weights."""
-    torch.distributed.init_process_group('gloo', init_method=f'file://{file}', rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = tasks.DetectionModel(config, verbose=False)
-    model.args = DEFAULT_CFG
-    parallel = torch.nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    torch.manual_seed(1 + rank)
-    for _ in range(3):
-        batch = {
-            'img': torch.rand(2, 3, 64, 64),
-            'cls': torch.zeros(2, 1),
-            'bboxes': torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.4, 0.6, 0.3, 0.5]]),
-            'batch_idx': torch.tensor([0.0, 1.0]),
-        }
-        loss, _ = parallel(batch)
-        loss.sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    results[rank] = sum(p.detach().double().abs().sum().item() for p in model.parameters())
-    torch.distributed.destroy_process_group()
+@pytest.mark.slow
+@pytest.mark.parametrize('name', PATCHED)
+def test_yaml_files_for_hand_patched_copies_train(name, images, fresh, tmp_path):
+    """In five lines, and where ultralytics loads no classes but those that it has been told of."""
+    path, _ = write_patched(name, tmp_path)
+    settings = {**SETTINGS, 'epochs': 1, 'fraction': 0.2, 'project': str(tmp_path), 'name': 'run'}
+    script = f"""if True:
+        import dcnzoo.integrations.ultralytics
+        from ultralytics import YOLO
+        model = YOLO({str(path)!r})
+        model.train(data={images()!r}, **{settings})
+        print(YOLO(model.trainer.best).task)
+    """
+    assert fresh(script, ULTRALYTICS_SAFE_LOAD='1').split()[-1] == 'detect'
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('family, variant', QUICK)
-def test_two_processes_agree(family, variant, tmp_path):
-    """Every parameter takes part, or the second step would fail; ultralytics itself starts no processes on CPUs."""
-    with torch.multiprocessing.Manager() as manager:
-        results = manager.dict()
-        config = dict(model_config(f'{family}n', variant, nc=1))
-        torch.multiprocessing.spawn(_losses_of_two, (config, str(tmp_path / 'meeting'), results), nprocs=2)
-        assert results[0] == results[1]
+def test_two_processes_train_together(family, variant, images, tmp_path):
+    overrides = {**SETTINGS, 'epochs': 1, 'data': images(), 'project': str(tmp_path), 'name': 'run'}
+    trainer = TwoOnCPU(overrides={'model': str(model_config(f'{family}n', variant)), **overrides})
+    trainer.train()
+    first, second = (float((trainer.save_dir / f'rank{rank}').read_text()) for rank in (0, 1))
+    assert first == second
+    found = {type(module) for module in YOLO(trainer.last).model.model}
+    assert found & set(BLOCKS.values())
