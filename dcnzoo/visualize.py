@@ -40,7 +40,7 @@ def feature_maps(image: Image.Image, features: Sequence[Tensor], titles: Sequenc
     axes = figure.subplots(len(features), channels + 2, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    axes[0, 0].imshow(image, cmap='gray')
+    axes[0, 0].imshow(_drawable(image), cmap='gray')
     axes[0, 0].set_title('input', fontsize=8)
     for row, feature, title in zip(axes, features, titles, strict=True):
         if feature.ndim != 3:
@@ -53,6 +53,12 @@ def feature_maps(image: Image.Image, features: Sequence[Tensor], titles: Sequenc
             axis.imshow(feature[channel].numpy(), cmap='viridis')
             axis.set_title(f'channel {channel}', fontsize=8)
     return figure
+
+
+def _drawable(image: Image.Image) -> Image.Image:
+    """The image in a mode whose numbers matplotlib understands; others, palettes for instance, are converted."""
+    known = image.mode in ('L', 'RGB', 'RGBA', 'F') or image.mode.startswith('I')
+    return image if known else image.convert('RGBA')
 
 
 @dataclass(frozen=True)
@@ -91,8 +97,7 @@ def record_sampling(model: nn.Module, image: Tensor) -> list[Sampling]:
     Raises:
         ValueError: The model has no deformable layers, or the image is not a batch of one.
     """
-    if image.ndim != 4 or image.shape[0] != 1:
-        raise ValueError(f'image must be a batch of one image (1, C, H, W), got shape {tuple(image.shape)}')
+    _check_image(image)
     running, found = [], []
 
     class Recorder(TorchFunctionMode):
@@ -118,6 +123,11 @@ def record_sampling(model: nn.Module, image: Tensor) -> list[Sampling]:
     if not found:
         raise ValueError(f'{type(model).__name__} has no deformable layers: nothing in it calls dcnzoo.ops.dcnv4')
     return found
+
+
+def _check_image(image: Tensor) -> None:
+    if image.ndim != 4 or image.shape[0] != 1:
+        raise ValueError(f'image must be a batch of one image (1, C, H, W), got shape {tuple(image.shape)}')
 
 
 def _sampling(
@@ -224,23 +234,24 @@ def sampling_offsets(
         point: The unit, as (x, y) in pixels of the image; its centre by default.
         stage: Whose last deformable layer the unit is of, counted from 0 as in the model's names; the last by default.
         layers: How many deformable layers are followed back, at most.
-        picture: What to draw upon; the image itself, stretched to full contrast, by default.
+        picture: What to draw upon, of any size and mode; the image itself, stretched to full contrast, by default.
 
     Returns:
         The figure; `figure.savefig(path)` writes it.
 
     Raises:
-        ValueError: The model has no deformable layers or no such stage, the point is outside the image, or `layers` is
-            not positive.
+        ValueError: The image is no batch of one, the model has no deformable layers or no such stage, the point is
+            outside the image, or `layers` is not positive.
     """
     from matplotlib.figure import Figure
 
+    _check_image(image)
     height, width = image.shape[-2:]
     point = ((width - 1) / 2, (height - 1) / 2) if point is None else point
     if not (0 <= point[0] < width and 0 <= point[1] < height):
         raise ValueError(f'point must lie within the image of {width} x {height} pixels, got {point}')
-    if layers < 1:
-        raise ValueError(f'layers must be at least 1, got {layers}')
+    if type(layers) is not int or layers < 1:
+        raise ValueError(f'layers must be an int of at least 1, got {layers!r}')
     image = image.detach().clone().requires_grad_()
     with torch.enable_grad():
         found = record_sampling(model, image)
@@ -256,20 +267,18 @@ def sampling_offsets(
     traced = trace_sampling(found, point, (height, width))
     field = effective_receptive_field(last.output, image, unit)
 
-    if picture is None:
-        pixels = image.detach()[0].mean(0).cpu()
-        picture = ((pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-12)).numpy()
+    background = image.detach()[0].mean(0).float().cpu().numpy() if picture is None else _drawable(picture)
     figure = Figure(figsize=(4 * (len(traced) + 1), 4.4), layout='constrained')
     axes = figure.subplots(1, len(traced) + 1, squeeze=False)[0]
     for axis, points, layer in zip(axes, traced, reversed(found), strict=False):
-        axis.imshow(picture, cmap='gray')
+        axis.imshow(background, cmap='gray', extent=(-0.5, width - 0.5, height - 0.5, -0.5))
         strength = (
             points.weight.abs() / points.weight.abs().max().clamp(min=1e-12) if len(points.weight) else points.weight
         )
         colors = ['tab:red' if weight < 0 else 'tab:green' for weight in points.weight.tolist()]
         axis.scatter(points.x.numpy(), points.y.numpy(), s=(40 * strength).numpy(), c=colors, alpha=0.6, linewidths=0)
         axis.set_title(f'sampled by {layer.name or type(model).__name__}', fontsize=8)
-    axes[-1].imshow(field.cpu().sqrt().numpy(), cmap='magma')
+    axes[-1].imshow(field.float().cpu().sqrt().numpy(), cmap='magma')
     axes[-1].set_title('effective receptive field (square root)', fontsize=8)
     for axis in axes:
         axis.plot(*point, '+', color='white', markeredgecolor='tab:blue', markersize=12, markeredgewidth=2)

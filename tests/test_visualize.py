@@ -1,12 +1,16 @@
 """Where a network samples, drawn and traced: a network whose offsets are set by hand."""
 
+import copy
+import io
+
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 from dcnzoo.layers import DCNv4
-from dcnzoo.visualize import effective_receptive_field, record_sampling, sampling_offsets, trace_sampling
+from dcnzoo.visualize import effective_receptive_field, feature_maps, record_sampling, sampling_offsets, trace_sampling
 
 POINTS = 9
 CENTER = 4
@@ -129,9 +133,33 @@ def test_bad_arguments_are_named(net):
         sampling_offsets(net, image(), (20, 0))
     with pytest.raises(ValueError, match=r'stage must be one of \[0, 1\], got 2'):
         sampling_offsets(net, image(), stage=2)
-    with pytest.raises(ValueError, match='layers must be at least 1, got 0'):
+    with pytest.raises(ValueError, match='layers must be an int of at least 1, got 0'):
         sampling_offsets(net, image(), layers=0)
     with pytest.raises(ValueError, match='Linear has no deformable layers'):
         sampling_offsets(nn.Linear(20, 2), image())
-    with pytest.raises(ValueError, match=r'batch of one image .* got shape \(2, 2, 4, 4\)'):
-        record_sampling(net, torch.zeros(2, 2, 4, 4))
+    for call in (record_sampling, sampling_offsets):
+        with pytest.raises(ValueError, match=r'batch of one image .* got shape \(2, 2, 4, 4\)'):
+            call(net, torch.zeros(2, 2, 4, 4))
+
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGBA', 'CMYK', 'I', 'I;16', 'F', 'YCbCr'])
+def test_pictures_of_any_mode_and_size(net, mode):
+    """A red picture twice as large is drawn red where it has colours, over the whole of the image."""
+    red = Image.new('RGB', (40, 32), (255, 0, 0))
+    picture = Image.new(mode, red.size) if mode.startswith(('I', 'F')) else red.convert(mode)
+    figure = sampling_offsets(net, image(), (7, 5), layers=1, picture=picture)
+    drawn = figure.axes[0].images[0]
+    assert drawn.get_extent() == [-0.5, 19.5, 15.5, -0.5]
+    if mode in ('P', 'RGBA', 'CMYK', 'YCbCr'):
+        assert drawn.get_array()[3, 4].tolist() == pytest.approx([255, 0, 0, 255], abs=5)
+    feature_maps(picture, [torch.randn(4, 3, 3)], ['one'], channels=1).savefig(io.BytesIO())
+
+
+def test_half_precision_and_nothing_inside():
+    """All samples lie outside the map: there is nothing to draw, and nothing to follow further."""
+    far = Stage((1000, 0)).bfloat16()
+    torch.nn.init.constant_(far.dcn.offset_mask.bias, 1000)
+    figure = sampling_offsets(Net(far, copy.deepcopy(far)), image().bfloat16())
+    assert [len(axis.collections[0].get_offsets()) for axis in figure.axes[:2]] == [0, 0]
+    assert not figure.axes[-1].images[0].get_array().any()
+    figure.savefig(io.BytesIO())

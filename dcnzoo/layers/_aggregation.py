@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import linear
-from ._geometry import check_positive, pair
+from ._geometry import check_positive, check_scale, pair
 
 
 class DeformableAggregation(nn.Module):
@@ -30,8 +30,8 @@ class DeformableAggregation(nn.Module):
         dtype: Dtype of the parameters.
 
     Raises:
-        TypeError: A size is neither an int nor a pair of ints.
-        ValueError: `group` does not divide `channels`, or a size is out of range.
+        TypeError: A size is neither an int nor a pair of ints, or `offset_scale` is not a number.
+        ValueError: `group` does not divide `channels`, or a number is out of range.
     """
 
     def __init__(
@@ -55,7 +55,9 @@ class DeformableAggregation(nn.Module):
         check_positive(channels=channels, group=group, dw_dilation=dw_dilation)
         if channels % group != 0:
             raise ValueError(f'group must divide the {channels} channels, got {group}')
-        if dw_kernel_size is not None and (not isinstance(dw_kernel_size, int) or dw_kernel_size % 2 != 1):
+        if dw_kernel_size is not None and (
+            type(dw_kernel_size) is not int or dw_kernel_size < 1 or dw_kernel_size % 2 == 0
+        ):
             raise ValueError(f'dw_kernel_size must be a positive odd int or None, got {dw_kernel_size!r}')
         self.channels = channels
         self.kernel_size = pair('kernel_size', kernel_size, 1)
@@ -63,7 +65,7 @@ class DeformableAggregation(nn.Module):
         self.pad = pair('pad', pad, 0)
         self.dilation = pair('dilation', dilation, 1)
         self.group = group
-        self.offset_scale = float(offset_scale)
+        self.offset_scale = check_scale(offset_scale)
         self.center_feature_scale = center_feature_scale
         self.remove_center = bool(remove_center)
         self.dw_kernel_size = dw_kernel_size

@@ -5,8 +5,10 @@ from torch import Tensor, nn
 
 from ..ops import dcnv4, linear
 from ._aggregation import DeformableAggregation
-from ._geometry import pair
+from ._geometry import check_map, pair
 from .linear import Linear
+
+torch.fx.wrap('check_map')
 
 ACTIVATIONS = {'GELU': nn.GELU, 'ReLU': nn.ReLU, 'SiLU': nn.SiLU}
 
@@ -129,6 +131,7 @@ class DCNv3(DeformableAggregation):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, H, W, C) to (N, Ho, Wo, C), Ho and Wo as for any convolution."""
+        check_map(x, 'N, H, W, C', self.channels)
         value = self.input_proj(x)
         features = self.dw_conv(x.permute(0, 3, 1, 2))
         if not self.centered:

@@ -6,8 +6,10 @@ from torch import Tensor, nn
 
 from ..ops import dcnv4
 from ._aggregation import DeformableAggregation
-from ._geometry import check_groups, check_positive, conv_padding, pair
+from ._geometry import check_groups, check_map, check_positive, conv_padding, pair
 from .linear import Linear
+
+torch.fx.wrap('check_map')
 
 
 class DCNv4(DeformableAggregation):
@@ -93,6 +95,7 @@ class DCNv4(DeformableAggregation):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, H, W, C) to (N, Ho, Wo, C), Ho and Wo as for any convolution."""
+        check_map(x, 'N, H, W, C', self.channels)
         value = self.value_proj(x)
 
         if self.dw_kernel_size is not None:
@@ -217,6 +220,7 @@ class DCNv4Conv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, in_chs, H, W) to (N, out_chs, Ho, Wo), Ho and Wo as for any convolution."""
+        check_map(x, 'N, C, H, W', self.value_proj.in_channels)
         if self.pad_bottom + self.pad_right > 0:
             x = F.pad(x, [0, self.pad_right, 0, self.pad_bottom])
         value = self.value_proj(x).permute(0, 2, 3, 1).contiguous()

@@ -4,16 +4,21 @@ import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import dcnv4_1d, dcnv4_3d
+from ._geometry import check_map, check_positive, check_scale, sizes
+
+torch.fx.wrap('check_map')
 
 
 class _DCNv4Nd(nn.Module):
     """What `DCNv4_1d` and `DCNv4_3d` share: the projections of `DCNv4` around an operator."""
 
     dims: ClassVar[int]
+    layout: ClassVar[str]
     operator: ClassVar[Callable[..., Tensor]]
 
     def __init__(
@@ -32,18 +37,16 @@ class _DCNv4Nd(nn.Module):
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        for name, number in (('channels', channels), ('group', group)):
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f'{name} must be a positive int, got {number!r}')
+        check_positive(channels=channels, group=group)
         if channels % group != 0:
             raise ValueError(f'group must divide the {channels} channels, got {group}')
         self.channels = channels
-        self.kernel_size = self._sizes('kernel_size', kernel_size, 1)
-        self.stride = self._sizes('stride', stride, 1)
-        self.pad = self._sizes('pad', pad, 0)
-        self.dilation = self._sizes('dilation', dilation, 1)
+        self.kernel_size = sizes('kernel_size', kernel_size, 1, self.dims)
+        self.stride = sizes('stride', stride, 1, self.dims)
+        self.pad = sizes('pad', pad, 0, self.dims)
+        self.dilation = sizes('dilation', dilation, 1, self.dims)
         self.group = group
-        self.offset_scale = float(offset_scale)
+        self.offset_scale = check_scale(offset_scale)
         self.remove_center = bool(remove_center)
         if remove_center and (
             len(set(self.kernel_size)) > 1 or self.kernel_size[0] % 2 == 0 or max(self.kernel_size) == 1
@@ -62,14 +65,6 @@ class _DCNv4Nd(nn.Module):
         self.output_proj = nn.Linear(channels, channels, bias=output_bias, **dd)
         self.reset_parameters()
 
-    def _sizes(self, name: str, size: int | Sequence[int], least: int) -> tuple[int, ...]:
-        sizes = (size,) * self.dims if isinstance(size, int) else size
-        if not isinstance(sizes, (tuple, list)) or len(sizes) != self.dims or not all(type(n) is int for n in sizes):
-            raise TypeError(f'{name} must be an int or a sequence of {self.dims}, got {size!r}')
-        if min(sizes) < least:
-            raise ValueError(f'{name} must be at least {least}, got {size!r}')
-        return tuple(sizes)
-
     def reset_parameters(self) -> None:
         """Initialises as `DCNv4` does: offsets and modulation of zero, Xavier projections."""
         nn.init.zeros_(self.offset_mask.weight)
@@ -87,6 +82,7 @@ class _DCNv4Nd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, *size, C) to (N, *out, C), sizes as for any convolution."""
+        check_map(x, self.layout, self.channels)
         centers = F.pad(x, self.center_pad)[(slice(None), *(slice(None, None, step) for step in self.stride))]
         out = self.operator(
             self.value_proj(x),
@@ -119,11 +115,12 @@ class DCNv4_1d(_DCNv4Nd):
         dtype: Dtype of the parameters.
 
     Raises:
-        TypeError: A size is not an int.
-        ValueError: `group` does not divide `channels`, or a size is out of range.
+        TypeError: A size is not an int, or `offset_scale` not a number.
+        ValueError: `group` does not divide `channels`, or a number is out of range.
     """
 
     dims = 1
+    layout = 'N, L, C'
     operator = staticmethod(dcnv4_1d)
 
 
@@ -133,9 +130,10 @@ class DCNv4_3d(_DCNv4Nd):
     The arguments are those of `DCNv4_1d`, but that sizes are ints or (depth, height, width) triples.
 
     Raises:
-        TypeError: A size is neither an int nor a triple of ints.
-        ValueError: `group` does not divide `channels`, or a size is out of range.
+        TypeError: A size is neither an int nor a triple of ints, or `offset_scale` is not a number.
+        ValueError: `group` does not divide `channels`, or a number is out of range.
     """
 
     dims = 3
+    layout = 'N, D, H, W, C'
     operator = staticmethod(dcnv4_3d)

@@ -43,7 +43,17 @@ class MultiScaleDeformableAttention(nn.Module):
             TypeError: A dtype or the type of an argument does not fit.
         """
         shapes = value_spatial_shapes if value_spatial_shapes_list is None else value_spatial_shapes_list
-        if value.dtype in (torch.float32, torch.float64):
-            sampling_locations = sampling_locations.to(value.dtype)
-            attention_weights = attention_weights.to(value.dtype)
-        return deform_attn(value, shapes, sampling_locations, attention_weights)
+        return _attend(value, shapes, sampling_locations, attention_weights)
+
+
+@torch.fx.wrap
+def _attend(
+    value: Tensor,
+    shapes: Tensor | list[tuple[int, int]] | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    if value.dtype in (torch.float32, torch.float64):
+        sampling_locations = sampling_locations.to(value.dtype)
+        attention_weights = attention_weights.to(value.dtype)
+    return deform_attn(value, shapes, sampling_locations, attention_weights)

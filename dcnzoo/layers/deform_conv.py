@@ -7,7 +7,9 @@ import torch.nn.functional as F
 import torchvision.ops
 from torch import Tensor, nn
 
-from ._geometry import check_groups, check_positive, conv_padding, pair
+from ._geometry import check_groups, check_map, check_positive, conv_padding, pair
+
+torch.fx.wrap('check_map')
 
 
 class DeformConv2d(nn.Module):
@@ -121,6 +123,7 @@ class DeformConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, in_channels, H, W) to (N, out_channels, Ho, Wo), Ho and Wo as for any convolution."""
+        check_map(x, 'N, C, H, W', self.in_channels)
         if self.pad_bottom + self.pad_right > 0:
             x = F.pad(x, [0, self.pad_right, 0, self.pad_bottom])
         offset = self.conv_offset(x)
@@ -146,8 +149,6 @@ def _deform_conv2d(
     groups: int,
 ) -> Tensor:
     """`torchvision.ops.deform_conv2d` in a dtype that it has kernels for, or the standard's operator in ONNX."""
-    if x.ndim != 4:
-        raise ValueError(f'x must have shape (N, C, H, W), got {list(x.shape)}')
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     operands = x.to(dtype), offset.to(dtype), weight.to(dtype)
     bias = bias.to(dtype) if bias is not None else None

@@ -4,6 +4,7 @@ import fnmatch
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ._aggregation import DeformableAggregation
@@ -66,8 +67,8 @@ def replace_conv(
 ) -> ReplaceReport:
     """Replaces convolutions of a model, in place, by deformable layers of the same channels, window and stride.
 
-    Parameters of the same name and shape are taken over: a `DeformConv2d` goes on with the weights of the convolution,
-    while a `DCNv4Conv2d` has others and has to be trained.
+    Parameters of the same name and shape are taken over, frozen ones stay frozen: a `DeformConv2d` goes on with the
+    weights of the convolution, while a `DCNv4Conv2d` has others and has to be trained.
 
     Args:
         model: The model.
@@ -81,15 +82,17 @@ def replace_conv(
         A report of what was replaced and what was not, for which reason; `print` shows it as text.
 
     Raises:
-        TypeError: The model is itself a convolution.
+        TypeError: The model is itself a convolution or no module, or `where` is neither patterns nor a function.
         ValueError: A pattern fits none of the convolutions, or the layer does not take the arguments of one. The model
             is as before.
     """
-    if isinstance(model, nn.Conv2d):
-        raise TypeError('model must contain the convolutions to replace, got a convolution itself')
+    if not isinstance(model, nn.Module) or isinstance(model, nn.Conv2d):
+        raise TypeError(f'model must be a module that contains the convolutions to replace, got {type(model).__name__}')
     patterns = [where] if isinstance(where, str) else where
     found = list(_convolutions(model))
     if patterns is not None and not callable(patterns):
+        if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise TypeError(f'where must be a pattern, several, or a function of name and convolution, got {where!r}')
         for pattern in patterns:
             if not any(fnmatch.fnmatchcase(name, pattern) for name, *_ in found):
                 raise ValueError(f'where: no convolution of the model is named {pattern!r}')
@@ -127,6 +130,8 @@ def _reason_to_keep(
         return f'a {type(conv).__name__} may compute something else'
     if conv.padding_mode != 'zeros':
         return f'padding_mode is {conv.padding_mode!r}'
+    if conv._forward_pre_hooks or conv._forward_hooks:
+        return 'it has hooks'  # those of torch.nn.utils.weight_norm, for instance
     left_out = 'left out by `where`'
     if callable(where):
         return None if where(name, conv) else left_out
@@ -157,5 +162,9 @@ def _make(name: str, conv: nn.Conv2d, layer: Callable[..., nn.Module], kwargs: d
         )
     except ValueError as error:
         raise ValueError(f'{name}: {error}') from error
-    module.load_state_dict(conv.state_dict(), strict=False)
+    own = dict(module.named_parameters())
+    with torch.no_grad():
+        for key, parameter in conv.named_parameters():
+            if key in own and own[key].shape == parameter.shape:
+                own[key].copy_(parameter).requires_grad_(parameter.requires_grad)
     return module.train(conv.training)

@@ -100,8 +100,11 @@ class ClipHead(nn.Module):
         """Replaces the classifier, and takes the pooling away for good where `pool_type` is ''."""
         if pool_type not in (None, '', 'avg'):
             raise ValueError(f"global_pool of a clip projector must be 'avg' or '', got {pool_type!r}")
-        if pool_type == 'avg' and isinstance(self.global_pool, nn.Identity):
+        taken_away = isinstance(self.global_pool, nn.Identity)
+        if pool_type == 'avg' and taken_away:
             raise ValueError("global_pool 'avg' asks for the attention pooling that was taken away")
+        if num_classes > 0 and (pool_type == '' or taken_away):
+            raise ValueError(f'num_classes must be 0 without the attention pooling, got {num_classes}')
         if pool_type == '':
             self.global_pool, self.norm = nn.Identity(), nn.Identity()
             self.num_features = self.in_features

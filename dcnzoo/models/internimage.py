@@ -14,6 +14,7 @@ tensors whose memory is channels_last, so that no value is ever moved for the sa
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -296,28 +297,25 @@ class InternImage(Backbone):
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
+        output_norm_ids = level2_post_norm_block_ids or ()
+        _check_arguments(in_chans, num_classes, channels, depths, groups, mlp_ratio, drop_path_rate, output_norm_ids)
         if output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride!r}')
-        if not depths or min(depths) < 1:
-            raise ValueError(f'depths must be positive, one number per stage, got {tuple(depths)}')
-        if len(depths) != len(groups):
-            raise ValueError(f'depths and groups must be equally long, got {tuple(depths)} and {tuple(groups)}')
         if post_norm and res_post_norm:
             raise ValueError('post_norm and res_post_norm exclude each other, got both')
         if use_clip_projector and output_stride != 32:
             raise ValueError(f'use_clip_projector needs output_stride 32, got {output_stride}')
-        output_norm_ids = tuple(level2_post_norm_block_ids or ())
-        if output_norm_ids and (len(depths) < 3 or not all(0 <= i < depths[2] for i in output_norm_ids)):
-            raise ValueError(f'level2_post_norm_block_ids must be blocks of the third stage, got {output_norm_ids}')
+        if use_clip_projector and len(depths) < 2:
+            raise ValueError(f'use_clip_projector needs two stages or more, got depths {depths}')
 
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.num_stages = len(depths)
-        self.output_norm_ids = output_norm_ids
+        self.output_norm_ids = tuple(output_norm_ids)
         self.use_clip_projector = use_clip_projector
         self.feature_info = []
-        act_layer = get_act_layer(act_layer)
+        act_layer = _activation(act_layer)
 
         self.stem = Stem(in_chans, channels, act_layer, **dd)
         block = partial(
@@ -451,6 +449,33 @@ class InternImage(Backbone):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools a map and classifies; with `pre_logits` only pools."""
         return self.head(x, pre_logits=pre_logits)
+
+
+def _activation(act_layer: str | type[nn.Module]) -> type[nn.Module]:
+    try:
+        return get_act_layer(act_layer)
+    except KeyError as error:
+        raise ValueError(f'act_layer must be a class or a name that timm knows, got {act_layer!r}') from error
+
+
+def _check_arguments(
+    in_chans, num_classes, channels, depths, groups, mlp_ratio, drop_path_rate, output_norm_ids
+) -> None:
+    for name, number, least in (('in_chans', in_chans, 1), ('num_classes', num_classes, 0), ('channels', channels, 2)):
+        if not isinstance(number, Integral) or number < least:
+            raise ValueError(f'{name} must be an int of at least {least}, got {number!r}')
+    for name, numbers in (('depths', depths), ('groups', groups)):
+        if not isinstance(numbers, Sequence) or any(not isinstance(i, Integral) or i < 1 for i in numbers):
+            raise ValueError(f'{name} must be positive, one number per stage, got {numbers!r}')
+    if len(depths) == 0 or len(depths) != len(groups):
+        raise ValueError(f'depths and groups must be equally long, got {tuple(depths)} and {tuple(groups)}')
+    if not mlp_ratio > 0:
+        raise ValueError(f'mlp_ratio must be positive, got {mlp_ratio!r}')
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
+    blocks = range(depths[2]) if len(depths) > 2 else ()
+    if not isinstance(output_norm_ids, Sequence) or not all(i in blocks for i in output_norm_ids):
+        raise ValueError(f'level2_post_norm_block_ids must be blocks of the third stage, got {output_norm_ids}')
 
 
 def _init_weights(module: nn.Module) -> None:

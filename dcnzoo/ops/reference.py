@@ -5,6 +5,7 @@ where no fast path was built. They favour being read over being fast.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -106,7 +107,7 @@ def dcnv4_nd(
         taps.remove(tuple(kernel // 2 for kernel in reversed(kernel_size)))
     points, dims = len(taps), len(sizes)
     packed = offset_mask[..., : (dims + 1) * groups * points].to(dtype)
-    packed = packed.reshape(value.shape[0], -1, 1, groups, (dims + 1) * points)
+    packed = packed.reshape(value.shape[0], math.prod(out_sizes), 1, groups, (dims + 1) * points)
     offset, mask = packed[..., : dims * points].unflatten(-1, (points, dims)), packed[..., dims * points :]
     if softmax:
         mask = mask.softmax(-1)
@@ -128,7 +129,7 @@ def dcnv4_nd(
     coordinates = [torch.where(inside, coordinate, 0) for coordinate in coordinates]
     lows = [coordinate.detach().floor() for coordinate in coordinates]
     mask = torch.where(inside, mask, 0)
-    maps = value.to(dtype).reshape(value.shape[0], -1, groups, value.shape[-1] // groups).transpose(1, 2)
+    maps = value.to(dtype).reshape(value.shape[0], math.prod(sizes), groups, value.shape[-1] // groups).transpose(1, 2)
     out = torch.zeros((), dtype=dtype, device=value.device)
     for corner in itertools.product((0, 1), repeat=dims):
         index, seen, weight = 0, inside, mask

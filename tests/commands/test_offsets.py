@@ -38,7 +38,7 @@ def test_an_untrained_model_says_so(dcnzoo, photos, tmp_path):
         (['--png', 'nowhere/where.png'], 'cannot write nowhere/where.png: No such file or directory'),
         (['--point', '500', '3'], 'point must lie within the image of'),
         (['--stage', '7'], 'stage must be one of [0, 1, 2, 3], got 7'),
-        (['--layers', '0'], 'layers must be at least 1, got 0'),
+        (['--layers', '0'], 'layers must be an int of at least 1, got 0'),
         (['--model', 'test_resnet', '--untrained'], 'has no deformable layers'),
     ),
 )

@@ -135,3 +135,17 @@ def test_layer_takes_shapes_as_tensor_or_pairs():
     assert not list(layer.state_dict())
     mixed = layer(value, None, shapes, start, where.bfloat16(), weights)  # what autocast may leave
     assert mixed.dtype == torch.float32 and error(mixed, expected) < 0.1
+
+
+def test_fx_records_the_layer():
+    class Attend(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attend = MultiScaleDeformableAttention()
+
+        def forward(self, value, where, weights):
+            return self.attend(value, None, [(3, 4), (2, 2)], None, where, weights)
+
+    operands = torch.randn(1, 16, 2, 8), torch.rand(1, 3, 2, 2, 4, 2), torch.rand(1, 3, 2, 2, 4)
+    traced = torch.fx.symbolic_trace(Attend())
+    assert torch.equal(traced(*operands), Attend()(*operands))

@@ -1,13 +1,14 @@
 """The DCNv4 layer against its definition, spelled out with the reference operator."""
 
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from dcnzoo.layers import DCNv4
+from dcnzoo.layers import DCNv3, DCNv4
 from dcnzoo.ops import dcnv4, use_backend
 
 
@@ -219,6 +220,10 @@ def test_meta_and_dtype():
         (dict(pad=-1), ValueError, 'pad must be at least 0, got -1'),
         (dict(dilation=(1, 0)), ValueError, r'dilation must be at least 1, got \(1, 0\)'),
         (dict(dw_kernel_size=2), ValueError, 'dw_kernel_size must be a positive odd int or None, got 2'),
+        (dict(dw_kernel_size=-1), ValueError, 'dw_kernel_size must be a positive odd int or None, got -1'),
+        (dict(offset_scale='2'), TypeError, "offset_scale must be a number, got '2'"),
+        (dict(offset_scale=float('inf')), ValueError, 'offset_scale must be finite, got inf'),
+        (dict(group=True), ValueError, 'group must be a positive int, got True'),
         (dict(remove_center=True, kernel_size=2), ValueError, 'remove_center needs an odd square kernel_size'),
     ],
 )
@@ -228,7 +233,10 @@ def test_bad_arguments(kwargs, error, message):
 
 
 def test_bad_inputs():
-    with pytest.raises(ValueError, match='value must have 4 dimensions'):
-        DCNv4()(torch.zeros(2, 25, 64))
+    for x in (torch.zeros(2, 25, 64), torch.zeros(2, 64, 5, 5)):
+        message = re.escape(f'x must have shape (N, H, W, 64), got {list(x.shape)}')
+        for module in (DCNv4(), DCNv4(dw_kernel_size=3), DCNv3()):
+            with pytest.raises(ValueError, match=message):
+                module(x)
     with pytest.raises(ValueError, match='does not fit into a value map of 2 x 9 pixels'):
         DCNv4(kernel_size=5, pad=0)(torch.zeros(1, 2, 9, 64))

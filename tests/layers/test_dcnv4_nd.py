@@ -56,3 +56,17 @@ def test_bad_arguments_are_named():
         DCNv4_1d(8, pad=-1)
     with pytest.raises(ValueError, match='remove_center needs one odd kernel_size'):
         DCNv4_3d(8, kernel_size=4, remove_center=True)
+    with pytest.raises(TypeError, match="offset_scale must be a number, got '2'"):
+        DCNv4_3d(8, group=2, offset_scale='2')
+    for layer, layout in ((DCNv4_1d, 'N, L, 8'), (DCNv4_3d, 'N, D, H, W, 8')):
+        with pytest.raises(ValueError, match=rf'x must have shape \({layout}\), got \[2, 3, 4, 8\]'):
+            layer(8, group=2)(torch.zeros(2, 3, 4, 8))
+
+
+def test_empty_batches():
+    assert DCNv4_1d(8, group=2)(torch.zeros(0, 5, 8)).shape == (0, 5, 8)
+    x = torch.zeros(0, 2, 3, 4, 8, requires_grad=True)
+    out = DCNv4_3d(8, group=2, stride=2)(x)
+    assert out.shape == (0, 1, 2, 2, 8)
+    out.sum().backward()
+    assert x.grad.shape == x.shape

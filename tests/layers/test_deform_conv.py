@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from dcnzoo.layers import DeformConv2d
+from dcnzoo.layers import DCNv4Conv2d, DeformConv2d
 
 
 def layer(*args, noise: float = 0.3, dtype=torch.float64, **kwargs) -> DeformConv2d:
@@ -205,8 +206,11 @@ def test_bad_arguments(kwargs, error, message):
 
 
 def test_bad_inputs():
-    with pytest.raises(ValueError, match=r'x must have shape \(N, C, H, W\), got \[6, 9, 11\]'):
-        DeformConv2d(6, 8, 3)(torch.randn(6, 9, 11))
+    for layer_class in (DeformConv2d, DCNv4Conv2d):
+        for x in (torch.randn(6, 9, 11), torch.randn(2, 5, 9, 11)):
+            message = re.escape(f'x must have shape (N, 6, H, W), got {list(x.shape)}')
+            with pytest.raises(ValueError, match=message):
+                layer_class(6, 8, 3)(x)
 
 
 def test_zero_offsets_of_a_large_kernel_at_the_border():

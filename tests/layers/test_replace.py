@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 from torch.testing import assert_close
 
-from dcnzoo.layers import DCNv4Conv2d, DeformConv2d, replace_conv
+from dcnzoo.layers import CondConv2d, DCNv4Conv2d, DeformConv2d, replace_conv
 from dcnzoo.ops import dcnv4
 
 
@@ -238,5 +238,43 @@ def test_errors_leave_the_model_as_it_is():
     with pytest.raises(ValueError, match="no convolution of the model is named 'head"):
         replace_conv(model, ['0', 'head*'])
     assert str(model) == str(before)
-    with pytest.raises(TypeError, match='model must contain the convolutions'):
+    with pytest.raises(TypeError, match='model must be a module that contains the convolutions to replace, got Conv2d'):
         replace_conv(model[0])
+    with pytest.raises(TypeError, match='where must be a pattern, several, or a function of name and convolution, got'):
+        replace_conv(model, 3)
+
+
+def test_hooks_are_not_lost():
+    model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(8, 8, 3)), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    model[1].register_forward_hook(lambda *_: None)
+    report = replace_conv(model)
+    assert report.kept == {'0': 'it has hooks', '1': 'it has hooks'} and isinstance(model[2], DCNv4Conv2d)
+
+
+def test_what_has_the_same_name_and_shape_is_taken_over():
+    """Frozen weights stay frozen, beside what predicts offsets; a parameter of another shape is the layer's own."""
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU())
+    model[0].weight.requires_grad_(False)
+    weight = model[0].weight.clone()
+    replace_conv(model, layer=DeformConv2d)
+    assert torch.equal(model[0].weight, weight) and not model[0].weight.requires_grad
+    assert model[0].bias.requires_grad and model[0].conv_offset.weight.requires_grad
+    bias = model[0].bias.detach().clone()
+    model = nn.Sequential(nn.Conv2d(8, 8, 3))
+    with torch.no_grad():
+        model[0].bias.copy_(bias)
+    replace_conv(model, layer=lambda chs, out_chs, size, *args, **kwargs: CondConv2d(chs, out_chs, size, num_experts=2))
+    assert model[0].weight.shape == (2, 8 * 8 * 9)
+
+
+def test_grouped_and_strided_convolutions_of_a_mobile_network():
+    """Depthwise and pointwise, strides of 2 with the padding of timm: all sizes stay, everything learns."""
+    model = timm.create_model('mobilenetv2_050', num_classes=5)
+    x = images(3, (64, 64), torch.float32)
+    expected = [feature.shape for feature in model.forward_intermediates(x, intermediates_only=True)]
+    depthwise = [name for name, module in model.named_modules() if getattr(module, 'groups', 1) > 1]
+    report = replace_conv(model)
+    assert [entry.name for entry in report.replaced] == depthwise
+    assert 'groups=' in report.replaced[0].before and report.kept['conv_stem'] == 'it reads 3 channels only'
+    assert [feature.shape for feature in model.forward_intermediates(x, intermediates_only=True)] == expected
+    step(model, x)

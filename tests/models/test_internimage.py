@@ -1,5 +1,7 @@
 """The internimage models: published sizes, weights and outputs, and the options of the largest at miniature size."""
 
+import copy
+import pickle
 import re
 
 import pytest
@@ -324,3 +326,66 @@ def test_layer_decay_is_the_published(name):
             down = re.match(r'stages\.(\d)\.downsample', key)
             expected = block_scale[int(down[1]), 0] if down else 1
         assert scale[parameter] == pytest.approx(expected), key
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(in_chans=0), 'in_chans must be an int of at least 1, got 0'),
+        (dict(num_classes='5'), "num_classes must be an int of at least 0, got '5'"),
+        (dict(channels=16.0), 'channels must be an int of at least 2, got 16.0'),
+        (dict(depths=3), 'depths must be positive, one number per stage, got 3'),
+        (dict(depths=(1, 1, 0, 1)), r'depths must be positive, one number per stage, got \(1, 1, 0, 1\)'),
+        (dict(depths=(1, 1)), r'depths and groups must be equally long, got \(1, 1\) and'),
+        (dict(groups=(3, 3, 3, 3)), 'group must divide the 16 channels, got 3'),
+        (dict(mlp_ratio=-1), 'mlp_ratio must be positive, got -1'),
+        (dict(drop_path_rate=1.5), r'drop_path_rate must be in \[0, 1\), got 1.5'),
+        (dict(post_norm=True, res_post_norm=True), 'post_norm and res_post_norm exclude each other'),
+        (dict(level2_post_norm_block_ids=(3,)), 'level2_post_norm_block_ids must be blocks of the third stage'),
+        (dict(level2_post_norm_block_ids=1), 'level2_post_norm_block_ids must be blocks of the third stage, got 1'),
+        (dict(dw_kernel_size=-1), 'dw_kernel_size must be a positive odd int or None, got -1'),
+        (dict(act_layer='nope'), "act_layer must be a class or a name that timm knows, got 'nope'"),
+        (dict(use_clip_projector=True, output_stride=16), 'use_clip_projector needs output_stride 32, got 16'),
+        (dict(use_clip_projector=True, depths=(1,), groups=(1,)), 'use_clip_projector needs two stages or more'),
+        (dict(use_clip_projector=True, global_pool='max'), "global_pool of a clip projector must be 'avg' or '', got"),
+        (dict(use_clip_projector=True, global_pool=''), 'num_classes must be 0 without the attention pooling, got 7'),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model('internimage_large', **MINIATURE | options, device='meta')
+
+
+@torch.no_grad()
+def test_heads_of_the_clip_projector():
+    """Without classes there is the pooled vector, without pooling the fused map, which nothing can classify."""
+    x = image(0, (2, 3, 64, 64)).float()
+    model = create('internimage_giant', **MINIATURE)
+    features = model.forward_features(x)
+    assert model.head_hidden_size == 768 and features.shape == (2, model.num_features, 4, 4)
+    pooled = model.forward_head(features, pre_logits=True)
+    model.reset_classifier(0)
+    assert torch.equal(model(x), pooled)
+    model.reset_classifier(0, '')
+    assert torch.equal(model(x), features) and model.head_hidden_size == model.num_features
+    for arguments, message in (
+        ((5,), 'num_classes must be 0 without the attention pooling, got 5'),
+        ((5, 'avg'), "global_pool 'avg' asks for the attention pooling that was taken away"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.reset_classifier(*arguments)
+    without_classes = timm.create_model('internimage_giant', **MINIATURE | dict(num_classes=0)).eval()
+    assert without_classes(x).shape == (2, 768)
+    maps = timm.create_model('internimage_giant', **MINIATURE, features_only=True, out_indices=(1, 3)).eval()(x)
+    assert [feature.shape for feature in maps] == [(2, 32, 8, 8), (2, 128, 2, 2)]
+
+
+@torch.no_grad()
+def test_copies_and_empty_batches():
+    """Of an ordinary size, of one pixel, of none: what samplers and data parallelism hand over."""
+    model = create('internimage_giant', **MINIATURE)
+    x = image(0, (1, 3, 33, 47)).float()
+    expected = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    assert model(x[:, :, :1, :1]).isfinite().all() and model(x[:0]).shape == (0, 7)
