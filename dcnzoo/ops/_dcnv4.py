@@ -32,8 +32,7 @@ def dcnv4(
 
     All but the two tensors are passed by keyword; sizes are ints or (height, width) pairs.
 
-    `torch.func.vmap` works as it is. `torch.func.grad` and others that differentiate need `use_backend('reference')`:
-    PyTorch lets no registered operator take part in them.
+    `torch.func.vmap` works as it is; `torch.func.grad` and others that differentiate need `use_backend('reference')`.
 
     Args:
         value: Value map, (N, H, W, C), float64, float32, float16 or bfloat16. Any strides; fastest where the channels
