@@ -27,7 +27,7 @@ MAY_IMPORT = {
     'checkpoints': ({'folder', 'hub'}, {'huggingface_hub', 'safetensors', 'timm', 'torch'}),
     'convert': ({'_version', 'card', 'checkpoints', 'folder', 'hub'}, {'safetensors', 'timm', 'torch'}),
     'macs': (set(), {'torch'}),
-    'integrations': ({'folder', 'layers', 'models', 'ops'}, None),
+    'integrations': ({'layers', 'models', 'ops'}, None),
     'visualize': ({'layers', 'models', 'ops'}, {'PIL', 'matplotlib', 'torch'}),
     'train': ({'__init__', '_version', 'hub', 'layers', 'macs', 'models', 'ops'}, None),
     'commands': (None, None),

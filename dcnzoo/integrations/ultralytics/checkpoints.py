@@ -1,5 +1,6 @@
 """Checkpoints of hand-patched copies of ultralytics, which name classes that exist nowhere else."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from ultralytics.nn import modules, tasks
 from ultralytics.utils import DEFAULT_CFG_DICT
 
-from ...folder import new_file
 from .registration import BLOCKS, check_block
 
 # ultralytics' models that can be rebuilt, and what they are for.
@@ -35,7 +35,7 @@ def adopt(path: str | Path, output: str | Path, rename: Mapping[str, str] | None
 
     Args:
         path: The checkpoint, a whole model as ultralytics saves it.
-        output: The new checkpoint, which `YOLO` loads; there must be no such file yet.
+        output: The new checkpoint, which `YOLO` loads; its folder must exist, the file must not.
         rename: Blocks by the names they have in the checkpoint's YAML, where they are others than ours.
 
     Returns:
@@ -71,8 +71,9 @@ def adopt(path: str | Path, output: str | Path, rename: Mapping[str, str] | None
     model.task, model.names = _TASKS[kind], names
     model.args = {key: value for key, value in given.items() if key in DEFAULT_CFG_DICT and _plain(value)}
     model.args['task'] = model.task
-    with new_file(Path(output)) as draft:
-        torch.save({'epoch': -1, 'model': model.half(), 'ema': None, 'train_args': model.args}, draft)
+    part = Path(f'{output}.{os.getpid()}')
+    torch.save({'epoch': -1, 'model': model.half(), 'ema': None, 'train_args': model.args}, part)
+    part.replace(output)
     return model.float().eval()
 
 

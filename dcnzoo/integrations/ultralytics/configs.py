@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ import torch
 import yaml
 from ultralytics.utils import ROOT, USER_CONFIG_DIR
 
-from ...folder import new_file
 from .blocks import TimmBackbone
 from .registration import check_block, nearest
 
@@ -91,9 +91,11 @@ class ModelConfig(dict):
 
     def save(self, path: str | Path) -> Path:
         """Writes the configuration as a YAML file."""
-        with new_file(Path(path)) as draft:
-            draft.write_text(self._text(), encoding='utf-8')
-        return Path(path)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f'{path.name}.{os.getpid()}')
+        part.write_text(self._text(), encoding='utf-8')
+        return part.replace(path)
 
     def _text(self) -> str:
         return yaml.safe_dump(dict(self), sort_keys=False, default_flow_style=None)
