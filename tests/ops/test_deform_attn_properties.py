@@ -10,33 +10,27 @@ added up.
 import functools
 from dataclasses import dataclass
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dcnzoo.ops import available_backends, deform_attn, use_backend
+from dcnzoo.ops import deform_attn, use_backend
 from tests.ops.attention import NAMES, answer, definition, run
 from tests.ops.cases import TOLERANCE
-from tests.ops.test_properties import (
-    BACKENDS,
+from tests.ops.properties import (
     INFINITY,
-    INTERPRETED,
+    LAYOUTS,
     NAN,
+    assert_independent_of_threads,
+    assert_near,
     assert_same,
-    deterministic_algorithms,
+    every_backend,
     examples,
+    finite,
+    needs_native,
+    run_backend,
 )
-
-LAYOUTS = {
-    'contiguous': lambda tensor: tensor,
-    'part': lambda tensor: torch.cat((tensor, tensor), -1)[..., tensor.shape[-1] :],
-    'every_other': lambda tensor: tensor.repeat_interleave(2, -1)[..., ::2],
-    'storage_offset': lambda tensor: torch.cat((tensor.new_zeros(3), tensor.flatten()))[3:].view_as(tensor),
-    'transposed': lambda tensor: tensor.transpose(1, 2).contiguous().transpose(1, 2),
-    'expanded': lambda tensor: tensor[:1].expand_as(tensor),
-}
 
 
 @dataclass(frozen=True)
@@ -110,9 +104,8 @@ def problems(draw, dtypes=tuple(TOLERANCE), special=True):
 
 def magnitudes(problem: Problem, *operands: Tensor) -> tuple[Tensor, ...]:
     """Bounds on the sums of the magnitudes behind each number of the results."""
-    value, locations, weights, grad_output = (
-        tensor.double().nan_to_num(posinf=0, neginf=0).abs() if i != 1 else tensor for i, tensor in enumerate(operands)
-    )
+    value, locations, weights, grad_output = operands
+    value, weights, grad_output = (finite(tensor).abs() for tensor in (value, weights, grad_output))
     output, grad_value, _, _ = answer(problem.shapes, value, locations, weights, grad_output)
     dots = grad_output.unflatten(2, (problem.heads, problem.depth)).sum(-1) * (value.max() if value.numel() else 0)
     dots = dots[..., None, None].expand_as(weights)
@@ -125,29 +118,22 @@ def compare(problem: Problem, operands, results) -> None:
     assert results[0].is_contiguous() and tuple(result.dtype for result in results) == types
     expected, bounds = answer(problem.shapes, *operands), magnitudes(problem, *operands)
     for name, actual, wanted, bound in zip(NAMES, results, expected, bounds, strict=True):
-        actual, finite = actual.double(), wanted.isfinite()
-        assert torch.equal(actual.isfinite(), finite), f'{name} is not finite elsewhere'
-        difference = torch.where(finite, actual - wanted, 0).norm()
-        assert difference <= TOLERANCE[problem.dtype] * torch.where(finite, bound, 0).norm() + 1e-30, (
-            f'{name}: {difference:.2e}'
-        )
+        assert_near(name, actual, wanted, bound, problem.dtype)
 
 
-@pytest.mark.parametrize(('device', 'backend'), BACKENDS)
+@every_backend
 def test_output_and_gradients_are_those_of_the_reference(device, backend):
     @settings(max_examples=examples(0.25 if backend == 'reference' else 1, backend))
     @given(problems())
     def holds(problem):
         operands = problem.operands(device)
-        deterministic = problem.deterministic and backend != 'reference' and not INTERPRETED  # much too slow there
-        with use_backend(backend), deterministic_algorithms(deterministic):
-            results = run(problem.shapes, *operands)
+        results = run_backend(backend, problem.deterministic, lambda: run(problem.shapes, *operands))
         compare(problem, operands, results)
 
     holds()
 
 
-@pytest.mark.parametrize(('device', 'backend'), BACKENDS)
+@every_backend
 def test_it_is_the_published_definition(device, backend):
     @settings(max_examples=examples(0.1, backend))
     @given(problems(dtypes=(torch.float64,), special=False))
@@ -162,27 +148,14 @@ def test_it_is_the_published_definition(device, backend):
     holds()
 
 
-needs_native = pytest.mark.skipif('native' not in available_backends('cpu'), reason='the CPU library was not built')
-
-
 @needs_native
 @settings(max_examples=examples(0.25))
 @given(problems(), st.integers(1, 40))
 def test_neither_threads_nor_the_rest_of_the_batch_matter(problem, more):
     problem = Problem(**{**problem.__dict__, 'queries': problem.queries * more})
     operands = problem.operands()
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            with use_backend('native'):
-                results.append(run(problem.shapes, *operands))
-    finally:
-        torch.set_num_threads(threads)
-    assert_same(results[1], results[0])
-    assert_same(results[2], results[0])
     with use_backend('native'):
+        together = assert_independent_of_threads(lambda: run(problem.shapes, *operands))
         for i in range(problem.batch):
             alone = run(problem.shapes, *(operand[i : i + 1] for operand in operands))
-            assert_same(alone, [result[i : i + 1] for result in results[0]])
+            assert_same(alone, [result[i : i + 1] for result in together])

@@ -8,11 +8,9 @@ cancel raise no false alarm.
 `pytest tests/ops/test_properties.py --hypothesis-profile=fuzz` tries 10,000 examples of each property.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,13 +20,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dcnzoo.ops import available_backends, dcnv4, use_backend
+from dcnzoo.ops import dcnv4, use_backend
 from tests.ops.cases import TOLERANCE, answer, run
+from tests.ops.properties import (
+    INFINITY,
+    INTERPRETED,
+    LAYOUTS,
+    NAN,
+    assert_independent_of_threads,
+    assert_near,
+    assert_same,
+    every_backend,
+    examples,
+    finite,
+    needs_native,
+    run_backend,
+)
 
-DEVICES = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
-BACKENDS = [(device, backend) for device in DEVICES for backend in available_backends(device)]
-INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-NAN, INFINITY = float('nan'), float('inf')
+LAYOUTS = {
+    **LAYOUTS,
+    'channels_first': lambda tensor: tensor.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+    'cropped': lambda tensor: torch.nn.functional.pad(tensor, (0, 0, 2, 1, 1, 2))[:, 1:-2, 2:-1],
+}
 
 
 @dataclass(frozen=True)
@@ -127,18 +140,6 @@ class Problem:
         return coordinates
 
 
-LAYOUTS = {
-    'contiguous': lambda tensor: tensor,
-    'channels_first': lambda tensor: tensor.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
-    'part_of_a_row': lambda tensor: torch.cat((tensor, tensor), -1)[..., tensor.shape[3] :],
-    'every_other_channel': lambda tensor: tensor.repeat_interleave(2, -1)[..., ::2],
-    'storage_offset': lambda tensor: torch.cat((tensor.new_zeros(3), tensor.flatten()))[3:].view_as(tensor),
-    'transposed': lambda tensor: tensor.transpose(1, 2).contiguous().transpose(1, 2),
-    'cropped': lambda tensor: torch.nn.functional.pad(tensor, (0, 0, 2, 1, 1, 2))[:, 1:-2, 2:-1],
-    'expanded': lambda tensor: tensor[:1].expand(tensor.shape[0], -1, -1, -1),
-}
-
-
 @st.composite
 def problems(draw, dtypes=tuple(TOLERANCE), special=True):
     """Problems of every kind, small enough for the reference; with coordinates on edges and nowhere if `special`."""
@@ -182,23 +183,9 @@ def problems(draw, dtypes=tuple(TOLERANCE), special=True):
     )
 
 
-@contextlib.contextmanager
-def deterministic_algorithms(enabled: bool):
-    """Has PyTorch fill memory that nobody wrote with NaN, too."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(enabled)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
 def magnitudes(problem: Problem, value: Tensor, offset_mask: Tensor, grad_output: Tensor) -> tuple[Tensor, ...]:
     """Bounds on the sums of the magnitudes behind each number of output, grad_value, grad_offset and grad_mask."""
-    value, offset_mask, grad_output = (
-        tensor.double().nan_to_num(posinf=0, neginf=0) for tensor in (value, offset_mask, grad_output)
-    )
-    value, grad_output = value.abs(), grad_output.abs()
+    value, offset_mask, grad_output = finite(value).abs(), finite(offset_mask), finite(grad_output).abs()
     groups, points = problem.arguments['groups'], problem.points
     packed = offset_mask[..., : 3 * groups * points].unflatten(-1, (groups, -1)).clone()
     if not problem.arguments['softmax']:
@@ -228,41 +215,22 @@ def compare(problem: Problem, operands, results) -> None:
     expected = answer(problem.arguments, *operands)
     bounds = magnitudes(problem, *operands)
     for name, actual, wanted, bound in zip(names, parts(*results), parts(*expected), bounds, strict=True):
-        assert actual.shape == wanted.shape
-        actual, finite = actual.double(), wanted.isfinite()
-        assert torch.equal(actual.isfinite(), finite), f'{name} is not finite elsewhere'
-        difference = torch.where(finite, actual - wanted, 0).norm()
-        assert difference <= TOLERANCE[problem.dtype] * torch.where(finite, bound, 0).norm() + 1e-30, (
-            f'{name}: {difference:.2e}'
-        )
+        assert_near(name, actual, wanted, bound, problem.dtype)
 
 
-def examples(share: float = 1.0, backend: str = '') -> int:
-    """A share of the profile's number of examples; less where Triton is interpreted."""
-    return max(3, int(settings().max_examples * share * (0.04 if backend == 'triton' and INTERPRETED else 1)))
-
-
-def assert_same(actual, expected) -> None:
-    """Bit for bit, NaN where NaN."""
-    for pair in zip(actual, expected, strict=True):
-        torch.testing.assert_close(*pair, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize(('device', 'backend'), BACKENDS)
+@every_backend
 def test_output_and_gradients_are_those_of_the_reference(device, backend):
     @settings(max_examples=examples(0.25 if backend == 'reference' else 1, backend))
     @given(problems())
     def holds(problem):
         operands = problem.operands(device)
-        deterministic = problem.deterministic and backend != 'reference' and not INTERPRETED  # much too slow there
-        with use_backend(backend), deterministic_algorithms(deterministic):
-            results = run(problem.arguments, *operands)
+        results = run_backend(backend, problem.deterministic, lambda: run(problem.arguments, *operands))
         compare(problem, operands, results)
 
     holds()
 
 
-@pytest.mark.parametrize(('device', 'backend'), BACKENDS)
+@every_backend
 def test_linear_in_value_and_in_mask(device, backend):
     @settings(max_examples=examples(0.2, backend))
     @given(problems(dtypes=(torch.float64,), special=False), st.integers(0, 2**32 - 1))
@@ -290,7 +258,7 @@ def test_linear_in_value_and_in_mask(device, backend):
     holds()
 
 
-@pytest.mark.parametrize(('device', 'backend'), BACKENDS)
+@every_backend
 def test_without_offsets_and_with_unit_masks_it_is_a_depthwise_box_convolution(device, backend):
     @settings(max_examples=examples(0.1, backend))
     @given(problems(dtypes=(torch.float64, torch.float32), special=False))
@@ -316,9 +284,6 @@ def test_without_offsets_and_with_unit_masks_it_is_a_depthwise_box_convolution(d
     holds()
 
 
-needs_native = pytest.mark.skipif('native' not in available_backends('cpu'), reason='the CPU library was not built')
-
-
 @needs_native
 @settings(max_examples=examples(0.25))
 @given(problems())
@@ -338,21 +303,12 @@ def test_the_number_of_threads_does_not_matter(problem, scale):
     """With maps of up to 90 x 90 pixels besides, so that there is something to share out."""
     size = tuple(side * scale for side in problem.size) if problem.arguments['kernel_size'] == (3, 3) else problem.size
     operands = dataclasses.replace(problem, size=size).operands()
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            with use_backend('native'):
-                results.append(run(problem.arguments, *operands))
-    finally:
-        torch.set_num_threads(threads)
-    assert_same(results[1], results[0])
-    assert_same(results[2], results[0])
+    with use_backend('native'):
+        assert_independent_of_threads(lambda: run(problem.arguments, *operands))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter is not made for threads")
-@pytest.mark.parametrize(('device', 'backend'), BACKENDS)
+@every_backend
 def test_threads_of_python_may_call_at_once(device, backend):
     @settings(max_examples=examples(0.05))
     @given(st.lists(problems(), min_size=4, max_size=4))
