@@ -383,7 +383,8 @@ def _ordered_kernel(
     It goes through all output pixels in turn and adds what falls into its rows, without atomic additions.
     """
     block = tl.program_id(0)
-    first, last = block % bands * height // bands, (block % bands + 1) * height // bands
+    band = (block % bands).to(tl.int64)
+    first, last = band * height // bands, (band + 1) * height // bands
     g = (block // bands % GROUPS).to(INDEX)
     n = (block // bands // GROUPS).to(tl.int64)
     one = tl.arange(0, 1)

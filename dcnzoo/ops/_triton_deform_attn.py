@@ -128,7 +128,8 @@ def _ordered_kernel(
     It goes through all queries in turn and adds what falls into its pixels, without atomic additions.
     """
     block = tl.program_id(0)
-    first, last = block % bands * pixels // bands, (block % bands + 1) * pixels // bands
+    band = (block % bands).to(tl.int64)
+    first, last = band * pixels // bands, (band + 1) * pixels // bands
     m = block // bands % HEADS
     n = (block // bands // HEADS).to(tl.int64)
     one = tl.arange(0, 1)
