@@ -204,12 +204,7 @@ void backward_units(const Backward<V, O>& call, int64_t bands, int64_t begin, in
 #define INSTANTIATE(V, O)                                                                    \
   template void forward_point(const Forward<V, O>&, int64_t, int64_t, int64_t, int64_t); \
   DCNZOO_INSTANTIATE_KERNELS(V, O)
-INSTANTIATE(float, float)
-INSTANTIATE(double, double)
-INSTANTIATE(Half, Half)
-INSTANTIATE(Half, float)
-INSTANTIATE(BFloat16, BFloat16)
-INSTANTIATE(BFloat16, float)
+DCNZOO_FOR_ALL_TYPES(INSTANTIATE)
 
 }  // namespace plain
 }  // namespace dcnzoo::cpu

@@ -1,53 +1,5 @@
-// Multi-scale deformable attention for x86-64 processors with AVX-512 (F, BW, DQ, VL).
-#include <cmath>
-
+// Multi-scale deformable attention for x86-64 processors with AVX-512.
+#define DCNZOO_AVX512
+#define DCNZOO_KERNELS "deform_attn_simd.h"
 #include "deform_attn_kernels.h"
-
-#ifdef DCNZOO_X86_64
-#include <immintrin.h>
-
-#if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
-#elif defined(__GNUC__)
-#pragma GCC push_options
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 sees some in its own intrinsics
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#endif
-
-namespace dcnzoo::cpu::avx512 {
-namespace {
-#include "simd_generic.h"
-#include "simd_avx512.h"
-// These first.
-#include "deform_attn_simd.h"
-
-template <typename V>
-using VectorFor = std::conditional_t<std::is_same_v<V, double>, GenericVector<double, 8>, FloatVector>;
-}  // namespace
-
-template <typename V, typename O>
-void attend(const AttentionForward<V, O>& call, int64_t begin, int64_t end) {
-  attend_by_depth<VectorFor<V>>(call, begin, end);
-}
-
-template <typename V, typename O>
-void attend_backward(const AttentionBackward<V, O>& call, int64_t bands, int64_t begin, int64_t end) {
-  attend_backward_by_depth<VectorFor<V>>(call, bands, begin, end);
-}
-
-DCNZOO_INSTANTIATE_ATTENTION(float, float)
-DCNZOO_INSTANTIATE_ATTENTION(double, double)
-DCNZOO_INSTANTIATE_ATTENTION(Half, Half)
-DCNZOO_INSTANTIATE_ATTENTION(Half, float)
-DCNZOO_INSTANTIATE_ATTENTION(BFloat16, BFloat16)
-DCNZOO_INSTANTIATE_ATTENTION(BFloat16, float)
-
-}  // namespace dcnzoo::cpu::avx512
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#elif defined(__GNUC__)
-#pragma GCC pop_options
-#endif
-#endif
+#include "x86.h"

@@ -157,12 +157,7 @@ void attend_backward(const AttentionBackward<V, O>& call, int64_t bands, int64_t
   template void scatter_one(const AttentionBackward<V, O>&, int64_t, int64_t, int64_t, int64_t);       \
   template void find_gradients_of_one(const AttentionBackward<V, O>&, int64_t, int64_t);               \
   DCNZOO_INSTANTIATE_ATTENTION(V, O)
-INSTANTIATE(float, float)
-INSTANTIATE(double, double)
-INSTANTIATE(Half, Half)
-INSTANTIATE(Half, float)
-INSTANTIATE(BFloat16, BFloat16)
-INSTANTIATE(BFloat16, float)
+DCNZOO_FOR_ALL_TYPES(INSTANTIATE)
 
 }  // namespace plain
 }  // namespace dcnzoo::cpu

@@ -2,8 +2,10 @@
 // moved to lie inside the map, and the weights are those of the moved cell, 0 for a pixel that is not the sample's own. So
 // no pixel needs a branch and no memory outside is touched. The one thing this gets wrong is a weight of 0 that meets a NaN
 // or an infinity: where one shows, the plain kernel does the query's head again. Included within a region compiled for one
-// instruction set.
+// instruction set, where VectorFor<V> is the vector that values of a type are computed in.
 #pragma once
+
+namespace {
 
 constexpr int64_t kBlockSamples = 128;  // of a block of queries, about
 
@@ -408,3 +410,17 @@ void attend_backward_by_depth(const AttentionBackward<V, O>& call, int64_t bands
     kernel(call, bands, begin, end);
   }
 }
+
+}  // namespace
+
+template <typename V, typename O>
+void attend(const AttentionForward<V, O>& call, int64_t begin, int64_t end) {
+  attend_by_depth<VectorFor<V>>(call, begin, end);
+}
+
+template <typename V, typename O>
+void attend_backward(const AttentionBackward<V, O>& call, int64_t bands, int64_t begin, int64_t end) {
+  attend_backward_by_depth<VectorFor<V>>(call, bands, begin, end);
+}
+
+DCNZOO_FOR_ALL_TYPES(DCNZOO_INSTANTIATE_ATTENTION)

@@ -122,4 +122,13 @@ DCNZOO_DECLARE_KERNELS(avx512)
   template void forward_pixels(const Forward<V, O>&, int64_t, int64_t); \
   template void backward_units(const Backward<V, O>&, int64_t, int64_t, int64_t);
 
+// Expands `INSTANTIATE` for every mixture of types that dispatch_types knows.
+#define DCNZOO_FOR_ALL_TYPES(INSTANTIATE) \
+  INSTANTIATE(float, float)               \
+  INSTANTIATE(double, double)             \
+  INSTANTIATE(Half, Half)                 \
+  INSTANTIATE(Half, float)                \
+  INSTANTIATE(BFloat16, BFloat16)         \
+  INSTANTIATE(BFloat16, float)
+
 }  // namespace dcnzoo::cpu
