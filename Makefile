@@ -21,7 +21,7 @@ endif
 YOLO_LOWEST := 8.3.240
 YOLO_TESTS := tests/integrations/ultralytics tests/commands/test_yolo.py
 
-.PHONY: help demo test test-all test-lowest test-yolo cuda fuzz sanitize lint format clean
+.PHONY: help demo test test-all test-lowest test-yolo cuda fuzz sanitize sanitize-brief lint format clean
 
 help:
 	@echo 'make demo         install into $(VENV), train dcnv4_atto on handwritten digits, classify images it never saw'
@@ -31,7 +31,8 @@ help:
 	@echo 'make test-yolo    run all tests of YOLO models on the oldest and on the newest supported ultralytics'
 	@echo 'make cuda         compile and link the CUDA operators, which takes nvcc and no GPU, and check their registers'
 	@echo 'make fuzz         ten thousand random calls of each operator against its specification'
-	@echo 'make sanitize     run the tests of the operator on a library with AddressSanitizer and UBSan'
+	@echo 'make sanitize     run the tests of the operator on a library with AddressSanitizer and UBSan;'
+	@echo '                   `make sanitize-brief` is the part that every run of CI has'
 	@echo 'make lint         check style with ruff; `make format` repairs it'
 	@echo 'make clean        remove what was built, the virtual environments too; runs/ stays'
 
@@ -73,6 +74,9 @@ fuzz: $(VENV)/.native $(VENV)/.test
 
 sanitize: $(VENV)/.test
 	$(BIN)/python tests/sanitize.py
+
+sanitize-brief: $(VENV)/.test
+	$(BIN)/python tests/sanitize.py --brief
 
 lint: $(VENV)/.test
 	@echo '==> Checking style'

@@ -1,7 +1,8 @@
 """Runs the operator's tests on a CPU library built with AddressSanitizer and UndefinedBehaviorSanitizer.
 
-    python tests/sanitize.py [pytest arguments]
+    python tests/sanitize.py [--brief | pytest arguments]
 
+`--brief` is for every run of CI: the properties of the compiled operators on random calls, and their bits by threads.
 The library is built into a copy of the package in a temporary folder (g++ or clang++, or what CXX names); the
 checkout's own stays as it is. Any report of a sanitizer ends the run with an exit status other than 0.
 """
@@ -30,6 +31,9 @@ TESTS = [
     'tests/ops/test_native_deform_attn.py',
 ]
 LEFT_OUT = 'compile or opcheck'  # these start compilers, whose own processes cannot be preloaded
+OPTIONS = ['-q', '-x', '--capture=sys', '-p', 'no:cacheprovider']
+WHOLE = [*OPTIONS, '-k', f'not ({LEFT_OUT})', *TESTS]
+BRIEF = [*OPTIONS, '--hypothesis-profile=brief', '-k', 'native or threads or batch or images', *TESTS[2:4]]
 
 
 def build(folder: Path) -> list[str]:
@@ -76,16 +80,7 @@ def main() -> int:
             'UBSAN_OPTIONS': 'print_stacktrace=1',
             'PYTHONPATH': str(folder),
         }
-        arguments = sys.argv[1:] or [
-            '-q',
-            '-x',
-            '--capture=sys',
-            '-p',
-            'no:cacheprovider',
-            '-k',
-            f'not ({LEFT_OUT})',
-            *TESTS,
-        ]
+        arguments = BRIEF if sys.argv[1:] == ['--brief'] else sys.argv[1:] or WHOLE
         return subprocess.run([sys.executable, '-m', 'pytest', *arguments], cwd=folder, env=environment).returncode
 
 
