@@ -21,7 +21,10 @@ if 'OMP_WAIT_POLICY' not in os.environ:
 clone = Path(__file__).resolve().parents[1]
 sys.path = [entry for entry in sys.path if Path(entry or '.').resolve() not in (clone, clone / 'train')] + [str(clone)]
 
-from dcnzoo.train.main import main  # noqa: E402
+try:
+    from dcnzoo.train.main import main
+except KeyboardInterrupt:
+    sys.exit(130)
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -6,9 +6,10 @@ launch.py      accelerate's engine                   assemble.py  puts a run tog
 data.py        data sets, loaders, batches           samples.py   images one by one, and their order
 shards.py      few large files instead of many       unreadable.py  images that cannot be read
 model.py       the network and its optimizer         task.py      the loss, with a teacher or without
+schedule.py    the learning rate                     guard.py     numbers that are not finite
 loop.py        epochs, updates, interruption         evaluate.py  validation
+timing.py      when a run stops, and when it saves   health.py    what offsets and modulation do
 state.py       where a run is                        checkpoint.py  what it leaves on disk, and how it resumes
-health.py      numbers that are not finite; offsets  signals.py   SIGINT and SIGTERM
 report.py      progress, CSV, trackers               summary.py   what remains to be seen in the end
 plan.py        --dry-run                             errors.py    what ends a run with one line
 """

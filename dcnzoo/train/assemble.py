@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch.utils.data import IterableDataset
 
@@ -12,6 +11,7 @@ from .checkpoint import Checkpoints, keep_schedule, timm_config
 from .config import Config
 from .data import (
     BatchTransform,
+    Data,
     Splits,
     build_loaders,
     class_counts,
@@ -21,9 +21,10 @@ from .data import (
 )
 from .errors import TrainError
 from .loop import Trainer
-from .model import build_model, build_optimizer, freeze, input_config, scaled
+from .model import Network, build_model, build_optimizer, freeze, input_config
 from .report import Report
 from .samples import seed_all
+from .schedule import LearningRate, build_scheduler, scaled
 from .task import build_task
 from .unreadable import Unreadable
 
@@ -58,39 +59,31 @@ def assemble(config: Config, accelerator: Accelerator) -> Trainer:
         (model, optimizer), (train_loader, val_loader) = accelerator.prepare(model, optimizer), loaders
     else:
         model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, *loaders)
-    check_batches(config, splits, len(train_loader), processes)
-    scheduler = build_scheduler(config, optimizer, len(train_loader), processes)
-    if scheduler is None:  # which would apply the factors of the groups
-        for group in optimizer.param_groups:
-            group['lr'] *= group.get('lr_scale', 1.0)
-    elif scheduler.t_in_epochs:
-        keep_schedule(accelerator, scheduler)  # plateau remembers
-    counts = class_counts(splits.train, classes) if config.loss.class_weight else None
+    batches = len(train_loader)
+    check_batches(config, splits, batches, processes)
+    rate = LearningRate(optimizer, build_scheduler(config, optimizer, batches, processes), batches)
+    if rate.remembers:
+        keep_schedule(accelerator, rate.scheduler)
 
+    counts = class_counts(splits.train, classes) if config.loss.class_weight else None
+    task = build_task(model, config, data_config, classes, counts, device)
+    network = Network(model, accelerator.unwrap_model(model), task, ema, frozen, model_config)
     destination = {'num_classes': classes, 'device': device, 'channels_last': config.model.channels_last}
-    report = Report(accelerator, output, config.schedule.epochs, len(train_loader), config.data.multi_label)
+    transforms = (BatchTransform(data_config, augment, **destination) for augment in (config.augment, None))
+    report = Report(accelerator, output, config.schedule.epochs, batches, config.data.multi_label)
     if (complaint := stream_complaint(splits, config, processes)) and accelerator.is_main_process:
         report.warn(complaint)
     introduce(report, config, model_config, splits, accelerator, sum(p.numel() for p in model.parameters()))
     return Trainer(
         accelerator,
         config,
-        splits=splits,
-        model_config=model_config,
-        model=model,
-        task=build_task(model, config, data_config, classes, counts, device),
-        frozen=frozen,
-        ema=ema,
+        data=Data(splits, train_loader, val_loader, *transforms),
+        network=network,
         optimizer=optimizer,
-        scheduler=scheduler,
-        train_loader=train_loader,
-        val_loader=val_loader,
-        train_transform=BatchTransform(data_config, config.augment, **destination),
-        val_transform=BatchTransform(data_config, None, **destination),
+        rate=rate,
         unreadable=Unreadable(accelerator, report, output / 'unreadable.txt', unreadable_limit(splits, config)),
         checkpoints=Checkpoints(accelerator, output, config, model_config, ema.module if ema else None),
         report=report,
-        output=output,
     )
 
 
@@ -112,30 +105,6 @@ def check_batches(config: Config, splits: Splits, batches: int, processes: int) 
             f'{len(splits.train)} training images do not fill one batch of {config.data.batch_size} on {processes} '
             f'process{"es" if processes > 1 else ""}: lower data.batch_size'
         )
-
-
-def build_scheduler(config: Config, optimizer: torch.optim.Optimizer, batches: int, processes: int):
-    """timm's schedule, counted in batches; plateau, which looks at the metric, in epochs."""
-    schedule, per_epoch = config.schedule, config.schedule.name == 'plateau'
-    try:
-        return create_scheduler_v2(
-            optimizer,
-            sched=schedule.name,
-            num_epochs=schedule.epochs - schedule.cooldown_epochs,
-            cooldown_epochs=schedule.cooldown_epochs,
-            warmup_epochs=schedule.warmup,
-            warmup_lr=scaled(schedule.warmup_lr, config, processes),
-            min_lr=scaled(schedule.min_lr, config, processes),
-            decay_epochs=schedule.decay_epochs,
-            decay_milestones=schedule.decay_milestones,
-            decay_rate=schedule.decay_rate,
-            patience_epochs=schedule.patience_epochs,
-            step_on_epochs=per_epoch,
-            updates_per_epoch=batches,
-            **schedule.kwargs,
-        )[0]
-    except (ValueError, AssertionError, TypeError) as error:
-        raise TrainError(f'schedule.name: cannot create {schedule.name!r}: {error}', usage=True) from None
 
 
 def introduce(

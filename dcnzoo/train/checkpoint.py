@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from .config import Config
 from .errors import TrainError
 
-FOLDERS = ('best', 'last', 'checkpoints', 'tensorboard')
+FOLDERS = ('best', 'last', 'checkpoints', 'tensorboard', 'wandb')
 FILES = (
     'run.yaml',
     'metrics.csv',
@@ -82,6 +82,15 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file, or leaves the old one."""
     with atomic(path) as draft:
         draft.write_text(text, encoding='utf-8')
+
+
+def append_text(path: Path, text: str) -> None:
+    """Adds lines to a text file."""
+    try:
+        with path.open('a', encoding='utf-8') as file:
+            file.write(text)
+    except OSError as error:
+        raise TrainError(f'cannot write {path}: {error.strerror}', local=True) from error
 
 
 def write_json(path: Path, content: dict) -> None:

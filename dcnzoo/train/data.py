@@ -3,13 +3,15 @@
 import atexit
 import multiprocessing
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import skip_first_batches
+from accelerate.data_loader import DataLoaderShard
 from timm.data import ImageDataset, create_dataset, create_transform
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -166,8 +168,9 @@ def stream_complaint(splits: Splits, config: Config, processes: int) -> str | No
 
     Shards are dealt to the workers of all processes, and each passes as many images as any other, in whole batches.
     """
-    reader = getattr(splits.train, 'reader', None)
-    lengths = getattr(getattr(reader, 'split_info', None), 'shard_lengths', ())
+    if not isinstance(splits.train, IterableDataset):
+        return None
+    lengths = getattr(getattr(splits.train.reader, 'split_info', None), 'shard_lengths', None) or ()
     workers = processes * max(1, config.data.workers)
     share = sum(lengths) / workers
     if not lengths or (len(set(lengths)) == 1 and len(lengths) % workers == 0 and share % config.data.batch_size == 0):
@@ -218,7 +221,7 @@ def build_loaders(
         labels = num_classes if data.multi_label else None
         sampler = None
         if streamed:
-            samples = StreamedSamples(dataset, transform, labels)
+            samples = StreamedSamples(dataset, transform, shape, train, labels)
             samples.set_loader_cfg(num_workers=data.workers)
         else:
             attempts = unreadable_limit(splits, config) + 1 if train else 1
@@ -302,6 +305,7 @@ class BatchTransform:
             self.erase = RandomErasing(
                 augment.random_erasing, mode=augment.erasing_mode, num_splits=augment.splits, device=device
             )
+        self.mix_off_epoch = augment.mix_off_epoch if augment else None
         if augment and (augment.mixup or augment.cutmix):
             self.mix = Mixup(
                 mixup_alpha=augment.mixup,
@@ -313,9 +317,47 @@ class BatchTransform:
                 num_classes=num_classes,
             )
 
+    def set_epoch(self, epoch: int) -> None:
+        """Ends mixing with augment.mix_off_epoch."""
+        if self.mix is not None and self.mix_off_epoch is not None:
+            self.mix.mixup_enabled = epoch < self.mix_off_epoch
+
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) uint8 and (B,) indices to normalized images and, where these are mixed, (B, K) targets."""
         images = images.float().sub_(self.mean).div_(self.std).contiguous(memory_format=self.memory_format)
         if self.erase is not None:
             images = self.erase(images)
         return (images, targets) if self.mix is None else self.mix(images, targets)
+
+
+@dataclass
+class Data:
+    """What a run reads: the data set, its loaders as prepared, and what happens to their batches on the device."""
+
+    splits: Splits
+    train_loader: DataLoader
+    val_loader: DataLoader
+    train_transform: BatchTransform
+    val_transform: BatchTransform
+
+    def train_batches(self, epoch: int, skip: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        """An epoch's batches on the device, in its order, without the first `skip`."""
+        loader = self.train_loader
+        self.train_transform.set_epoch(epoch)
+        loader.dataset.set_epoch(epoch)
+        if isinstance(loader, DataLoaderShard):
+            loader.set_epoch(epoch)
+            yield from skip_first_batches(loader, skip) if skip else loader
+        else:  # a stream, shared out by its reader
+            for index, (images, targets, complaints) in enumerate(loader):
+                if index >= skip:
+                    yield images.to(device, non_blocking=True), targets.to(device, non_blocking=True), complaints
+
+    def files(self, epoch: int, batch: int) -> list[str]:
+        """The images of a batch that this process trained on, by reading the epoch's order anew; none of a stream."""
+        loader = self.train_loader
+        if not isinstance(loader, DataLoaderShard):
+            return []
+        loader.set_epoch(epoch)
+        indices = next(indices for number, indices in enumerate(loader.batch_sampler) if number == batch)
+        return [loader.dataset.name(index) for index in indices]

@@ -108,26 +108,26 @@ def with_weights_of_run(config: Config) -> Config:
 def evaluate_only(trainer: 'Trainer') -> dict:
     """Validates a model as it is, and writes eval/ in the run's folder: metrics, per class, what was taken for what."""
     accelerator, data, report = trainer.accelerator, trainer.config.data, trainer.report
-    folder, classes = trainer.output / 'eval', trainer.model_config['num_classes']
-    model = accelerator.unwrap_model(trainer.model)
+    folder, classes = trainer.output / 'eval', trainer.network.config['num_classes']
+    model, splits = trainer.network.plain, trainer.data.splits
     started = time.monotonic()
     if data.multi_label:
         metrics = trainer.validate(model)
         if accelerator.is_main_process:
             write_json(folder / 'eval.json', metrics)
     else:
-        real = RealLabels(data.real_labels, trainer.splits.val.filenames()) if data.real_labels else None
+        real = RealLabels(data.real_labels, splits.val.filenames()) if data.real_labels else None
         evaluator = PerClass(classes, accelerator.device)
         metrics = trainer.validate(model, evaluator)
         if real is not None:
-            order = [index for batch in trainer.val_loader.batch_sampler for index in batch]
+            order = [index for batch in trainer.data.val_loader.batch_sampler for index in batch]
             metrics['real_top1'] = real.top1(order, evaluator.answers, accelerator)
         per_class, confusion = evaluator.gather(accelerator)
-        names = trainer.splits.classes or []
+        names = splits.classes or []
         if accelerator.is_main_process:
             names = names + [str(label) for label in range(len(names), classes)]
             write_evaluation(folder, metrics, names, per_class, confusion)
-    rate = len(trainer.splits.val) / (time.monotonic() - started)
+    rate = len(splits.val) / (time.monotonic() - started)
     values = '  '.join(f'{name.removeprefix("val_")} {value:.4g}' for name, value in metrics.items())
     report.say(f'{values}  ({rate:.0f} img/s)')
     report.say(f'details in {folder}')

@@ -1,8 +1,8 @@
-"""Numbers that are not finite, found and named; and what offsets and modulation of deformable layers do."""
+"""What offsets and modulation of deformable layers do."""
 
 import csv
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,56 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcnzoo.ops.reference import sampling_points
 
-from .checkpoint import write_text
+from .checkpoint import append_text, write_text
 
 COLUMNS = ('epoch', 'step', 'stage', 'layers', 'offset_mean', 'offset_max', 'outside', 'mask_min', 'mask_max')
-
-
-class Diverged(Exception):
-    """Too many updates in a row were skipped."""
-
-
-class Buffers:
-    """Takes back what a skipped update did to a module's buffers, the statistics of batch norms for instance."""
-
-    def __init__(self, model: nn.Module):
-        self.buffers = list(model.buffers())
-        self.kept = [torch.empty_like(buffer) for buffer in self.buffers]
-
-    def keep(self) -> None:
-        for kept, buffer in zip(self.kept, self.buffers, strict=True):
-            kept.copy_(buffer)
-
-    def restore(self) -> None:
-        for kept, buffer in zip(self.kept, self.buffers, strict=True):
-            buffer.copy_(kept)
-
-
-@torch.no_grad()
-def first_layer_not_finite(model: nn.Module, forward: Callable[[], object]) -> str | None:
-    """The name of the first module whose output is not finite while `forward` runs the model; None if all are."""
-    found = []
-
-    def hook(name: str) -> Callable:
-        def check(module: nn.Module, inputs: tuple, output: object) -> None:
-            if not found and isinstance(output, Tensor) and not output.isfinite().all():
-                found.append(name)
-
-        return check
-
-    hooks = [module.register_forward_hook(hook(name or 'model')) for name, module in model.named_modules()]
-    try:
-        forward()
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return found[0] if found else None
-
-
-def gradients_not_finite(model: nn.Module) -> list[str]:
-    """Names of the parameters whose gradients are not finite, those nearest to the loss first."""
-    named = [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
-    return [name for name, gradient in reversed(named) if not gradient.isfinite().all()]
 
 
 @torch.no_grad()
@@ -137,8 +90,7 @@ class HealthLog:
         write_text(path, self._lines(kept, head=True))
 
     def append(self, rows: list[dict]) -> None:
-        with self.path.open('a', newline='') as file:
-            file.write(self._lines(rows))
+        append_text(self.path, self._lines(rows))
 
     def _lines(self, rows: list[dict], head: bool = False) -> str:
         text = io.StringIO()

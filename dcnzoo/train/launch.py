@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
 
 from .config import Config
@@ -56,12 +57,17 @@ def build_accelerator(config: Config) -> Accelerator:
     if sharding is not None and accelerator.distributed_type != sharding:
         raise TrainError(f'{sharding.value} was asked for, but accelerate started {accelerator.distributed_type.value}')
     asked = config.run.processes or launched_processes()
-    if asked is not None and asked != accelerator.num_processes:
+    if asked and asked != accelerator.num_processes:
         raise TrainError(
             f'{asked} processes were asked for, but {accelerator.num_processes} started: several on CPU need '
             f'ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {asked}'
         )
     return accelerator
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the processes share the weights, so that a forward pass takes all of them."""
+    return accelerator.distributed_type in SHARDED.values()
 
 
 def make_deterministic(wanted: bool) -> None:
@@ -72,20 +78,29 @@ def make_deterministic(wanted: bool) -> None:
     torch.backends.cudnn.benchmark = not wanted
 
 
-def launched_processes() -> int | None:
-    """--num_processes of the `accelerate launch` that started this process; it silently starts one with --cpu."""
+def launched_processes() -> int:
+    """Processes that the launcher of this one was asked for; 0 if there is none, or it was not told a number."""
     try:
         command = psutil.Process().parent().cmdline()
     except (psutil.Error, AttributeError):
-        return None
-    if 'launch' not in command or not any('accelerate' in word for word in command):
-        return None
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        command = []
+    if 'launch' in command and any('accelerate' in word for word in command):
+        return asked_processes(command[command.index('launch') + 1 :])
+    return int(os.environ.get('WORLD_SIZE', 0))
+
+
+def asked_processes(arguments: list[str]) -> int:
+    """num_processes in the arguments of `accelerate launch` or its configuration; with --cpu it starts but one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument('--num_processes', '--num-processes', type=int)
+    parser.add_argument('--config_file', '--config-file', default=default_config_file)
     try:
-        return parser.parse_known_args(command[command.index('launch') + 1 :])[0].num_processes
-    except SystemExit:
-        return None
+        known, _ = parser.parse_known_args(arguments)
+        if known.num_processes is None and Path(known.config_file).is_file():
+            known.num_processes = load_config_from_file(known.config_file).num_processes
+    except (argparse.ArgumentError, ValueError, OSError):  # accelerate has complained already
+        return 0
+    return max(0, known.num_processes or 0)
 
 
 def on_main(accelerator: Accelerator, function: Callable, *arguments: Any) -> Any:

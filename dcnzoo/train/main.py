@@ -13,6 +13,7 @@ Exit status: 0 finished, 1 an error in the data or of the machine, 2 an error in
 143 by SIGTERM, both with a checkpoint to resume from. `accelerate launch` itself turns every failure into 1.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -29,6 +30,7 @@ from .errors import Interrupted, TrainError
 from .evaluate import evaluate_only, with_weights_of_run
 from .launch import build_accelerator, make_deterministic, on_main
 from .plan import write_plan
+from .report import begin_trackers
 from .summary import summarize
 
 
@@ -52,19 +54,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         if speaks:
             print(f'{stop.signal}: {stop}', file=sys.stderr)
         return stop.status
-    except KeyboardInterrupt:  # before there is anything to save, or the second one
+    except KeyboardInterrupt:  # before there is anything to save, or once more while it is saved
+        if speaks:
+            print('SIGINT: stopped at once; what was saved before is untouched', file=sys.stderr)
         return 128 + signal.SIGINT
     except torch.cuda.OutOfMemoryError as error:
         print(f'error: {str(error).splitlines()[0]} Lower data.batch_size, raise optim.accumulate.', file=sys.stderr)
         return 1
-    except RuntimeError as error:
-        if not str(error).startswith('DataLoader worker'):  # one that died, for want of memory most of the time
+    except (RuntimeError, OSError) as error:
+        reason = explain(error)
+        if reason is None:
             raise
-        print(f'error: {" ".join(str(error).split())} --data.workers 0 does without.', file=sys.stderr)
+        if speaks:
+            print(f'error: {reason}', file=sys.stderr)
         return 1
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def explain(error: Exception) -> str | None:
+    """What happened, in one line, if it was the machine's fault or that of another process; None if it may be ours."""
+    text = ' '.join(str(error).split())
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return f'{error.strerror}; the checkpoints before are untouched, continue with --resume auto' if full else None
+    if text.startswith('DataLoader worker'):  # one that died, for want of memory most of the time
+        return f'{text} --data.workers 0 does without.'
+    if text.startswith('Caught RuntimeError in DataLoader worker'):
+        return f'loading images failed: {str(error).strip().splitlines()[-1]} (--data.workers 0 shows where)'
+    if isinstance(error, getattr(torch.distributed, 'DistError', ())) or 'gloo/' in text:
+        return f'another process of the run is lost, continue with --resume auto: {text[:200]}'
+    return None
 
 
 def train(config: Config) -> dict:
@@ -80,12 +101,12 @@ def train(config: Config) -> dict:
         trainer.resume(checkpoint)
     if accelerator.is_main_process:
         begin_output(config)
-    if config.run.trackers:
-        accelerator.init_trackers('dcnzoo')
+    on_main(accelerator, begin_trackers, accelerator, config)
 
     started = time.monotonic()
-    trainer.fit()
-    summary = summarize(trainer, time.monotonic() - started)
+    with trainer.timing.signal:
+        trainer.fit()
+        summary = summarize(trainer, time.monotonic() - started)
     accelerator.end_training()
     return summary
 

@@ -2,6 +2,7 @@
 
 import fnmatch
 import textwrap
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -10,11 +11,44 @@ import torch
 from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.task import TrainingTask
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from ..hub import explain
-from .config import Config, DataConfig, ModelConfig, OptimConfig
+from .config import DataConfig, ModelConfig, OptimConfig
 from .errors import TrainError, nearest
+
+
+@dataclass
+class Network:
+    """What is trained.
+
+    Args:
+        model: as prepared by accelerate, which may have wrapped it.
+        plain: the same without a wrapper.
+        task: timm's task with the prepared model: the loss.
+        ema: timm's average of the plain model, or None.
+        frozen: modules that stay in evaluation mode.
+        config: content of config.json, in timm's form.
+    """
+
+    model: nn.Module
+    plain: nn.Module
+    task: TrainingTask
+    ema: ModelEmaV3 | None
+    frozen: list[nn.Module]
+    config: dict
+
+    @property
+    def published(self) -> nn.Module:
+        """The module that is validated and published: the average where there is one."""
+        return self.plain if self.ema is None else self.ema.module
+
+    def train(self) -> None:
+        self.model.train()
+        for module in self.frozen:
+            module.eval()
 
 
 def build_model(model: ModelConfig, data: DataConfig, num_classes: int) -> nn.Module:
@@ -170,9 +204,3 @@ def grouped_parameters(model: nn.Module, optim: OptimConfig) -> list[dict]:
                 settings.pop('weight_decay', None)
             divided.setdefault((number, pattern), {**group, 'params': [], **settings})['params'].append(parameter)
     return list(divided.values())
-
-
-def scaled(lr: float, config: Config, processes: int) -> float:
-    """A learning rate of the configuration for the run's global batch."""
-    base = config.optim.lr_base_batch
-    return lr * config.data.batch_size * config.optim.accumulate * processes / base if base else lr

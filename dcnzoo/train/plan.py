@@ -27,24 +27,24 @@ def write_plan(trainer: 'Trainer') -> dict:
     Returns:
         The content of plan.json.
     """
-    accelerator, config, report = trainer.accelerator, trainer.config, trainer.report
+    accelerator, config, report, data = trainer.accelerator, trainer.config, trainer.report, trainer.data
     processes, accumulate = accelerator.num_processes, config.optim.accumulate
-    model = deepcopy(accelerator.unwrap_model(trainer.model)).to('meta')
-    size = tuple(trainer.model_config['pretrained_cfg']['input_size'])
-    train_size = trainer.train_loader.dataset.shape if hasattr(trainer.train_loader.dataset, 'shape') else size
-    batches = len(trainer.train_loader)
+    model = deepcopy(trainer.network.plain).to('meta')
+    size = tuple(trainer.network.config['pretrained_cfg']['input_size'])
+    train_size = data.train_loader.dataset.shape
+    batches = len(data.train_loader)
     updates = -(-batches // accumulate)
     rates = learning_rates(trainer)
     memory = estimate_memory(model, trainer, train_size)
     started = time.monotonic()
-    loaded = sum(len(images) for images, *_ in islice(trainer.train_loader, LOADED))
+    loaded = sum(len(images) for images, *_ in islice(data.train_loader, LOADED))
     facts = {
-        'model': trainer.model_config['architecture'],
+        'model': trainer.network.config['architecture'],
         'parameters': sum(p.numel() for p in model.parameters()),
         'trained_parameters': sum(p.numel() for p in model.parameters() if p.requires_grad),
         'macs': count_macs(model.eval(), size),
-        'train_images': len(trainer.splits.train),
-        'val_images': len(trainer.splits.val),
+        'train_images': len(data.splits.train),
+        'val_images': len(data.splits.val),
         'batch': config.data.batch_size * processes * accumulate,
         'updates_per_epoch': updates,
         'updates': updates * config.schedule.epochs,
@@ -77,8 +77,8 @@ def learning_rates(trainer: 'Trainer') -> list[tuple[float, float]]:
     epochs, rates = trainer.config.schedule.epochs, []
     for point in range(POINTS + 1):
         epoch = epochs * point / POINTS
-        trainer.schedule_lr(min(epoch, epochs - 1 / trainer.state.batches))
-        rates.append((epoch, trainer.lr))
+        trainer.rate.move_to(min(epoch, epochs - 1 / trainer.state.batches))
+        rates.append((epoch, trainer.rate.highest))
     return rates
 
 

@@ -2,7 +2,9 @@
 
 import csv
 import io
+import textwrap
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,40 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .checkpoint import write_text
+from .config import Config
+from .errors import TrainError
 
 SINGLE_LABEL = ('val_loss', 'val_top1', 'val_top5')
 MULTI_LABEL = ('val_loss', 'val_map', 'val_micro_f1', 'val_macro_f1', 'val_sample_f1')
 NAMES = {'val_top1': 'top-1', 'val_map': 'mAP'}
+
+
+def begin_trackers(accelerator: Accelerator, config: Config) -> None:
+    """Starts the trackers with the run's name and its settings.
+
+    Raises:
+        TrainError: if one does not start, for want of a login or of a network for instance.
+    """
+    if not config.run.trackers:
+        return
+    name, output = Path(config.run.output).name, Path(config.run.output)
+    options = {
+        'wandb': {'name': name, 'dir': str(output)},
+        'trackio': {'name': name},
+        'mlflow': {'run_name': name},
+    }
+    settings = {
+        f'{group}.{setting}': value if isinstance(value, (bool, int, float, str)) else str(value)
+        for group, values in asdict(config).items()
+        if isinstance(values, dict)
+        for setting, value in values.items()
+    }
+    try:
+        accelerator.init_trackers('dcnzoo', config=settings, init_kwargs=options)
+    except Exception as error:  # services of others: each fails in its own way
+        reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=' ...')
+        trackers = ', '.join(config.run.trackers)
+        raise TrainError(f'run.trackers: {trackers} cannot start: {reason}; --run.trackers [] does without') from error
 
 
 class Report:

@@ -4,6 +4,7 @@ Every random choice is a function of the seed and of a position (epoch, image, b
 resumed run sees the same images with the same augmentation, and so does another number of workers.
 """
 
+import io
 import logging
 import random
 import re
@@ -31,6 +32,14 @@ def seed_all(*entropy: int) -> None:
     random.seed(int(words[0]))
     np.random.seed(words[1])
     torch.manual_seed(int(words[2]))
+
+
+def target_encoding(dataset: Dataset, num_classes: int | None) -> tuple[Callable, int | Tensor]:
+    """How a data set's label becomes a target, and the target that stands for none."""
+    if num_classes is None:
+        return int, -1
+    dense = getattr(getattr(dataset, 'reader', None), 'dense_target', False)
+    return MultiLabelTarget(num_classes, dense=dense), torch.full((num_classes,), -1.0)
 
 
 class Samples(Dataset):
@@ -69,12 +78,7 @@ class Samples(Dataset):
         self.seed = seed
         self.attempts = attempts
         self.splits = splits
-        self.encode = int
-        self.missing = -1
-        if num_classes is not None:
-            dense = getattr(getattr(dataset, 'reader', None), 'dense_target', False)
-            self.encode = MultiLabelTarget(num_classes, dense=dense)
-            self.missing = torch.full((num_classes,), -1.0)
+        self.encode, self.missing = target_encoding(dataset, num_classes)
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that outlive the epoch
 
     def __len__(self) -> int:
@@ -91,8 +95,7 @@ class Samples(Dataset):
             try:
                 image, target = self._read(candidate)
             except UNREADABLE as error:
-                reason = ' '.join(BYTES.sub('', str(error)).split()) or type(error).__name__
-                complaints.append(f'{self.name(candidate)}: {reason}')
+                complaints.append(f'{self.name(candidate)}: {describe(error)}')
             else:
                 return self._prepare(image), self.missing if target is None else self.encode(target), complaints
         return torch.zeros(self.shape, dtype=torch.uint8), self.missing, complaints
@@ -115,8 +118,8 @@ class Samples(Dataset):
 
     def name(self, index: int) -> str:
         """The file of an image, or its number."""
-        named = getattr(self.dataset, 'filename', None)
-        return named(index % len(self), absolute=True) if named else f'image {index % len(self)}'
+        named, index = getattr(self.dataset, 'filename', None), index % len(self)
+        return (named and named(index, absolute=True)) or f'image {index}'
 
 
 class RepeatedSampler(Sampler[int]):
@@ -158,15 +161,34 @@ class RepeatedSampler(Sampler[int]):
 
 
 class StreamedSamples(IterableDataset):
-    """Decoded and augmented images of a data set that is read as a stream, which timm's reader shares out."""
+    """Decoded and augmented images of a data set that is read as a stream, which timm's reader shares out.
 
-    def __init__(self, dataset: IterableDataset, transform: Callable, num_classes: int | None = None):
-        dataset.transform = transform
+    Items are those of `Samples`, those for an image that cannot be read included. What timm's reader of webdataset
+    shards cannot read it leaves out itself.
+
+    Args:
+        dataset: a data set of timm.
+        transform: from a PIL image to a uint8 tensor.
+        shape: channels, height and width of that tensor.
+        replace: whether another image takes the place of one that cannot be read, as in training.
+        num_classes: where an image has several labels, the length of the vector that they become; else None.
+    """
+
+    def __init__(
+        self,
+        dataset: IterableDataset,
+        transform: Callable,
+        shape: tuple[int, ...],
+        replace: bool = False,
+        num_classes: int | None = None,
+    ):
+        self.mode = leave_undecoded(dataset)
+        dataset.transform = self._prepare
         self.dataset = dataset
-        self.encode = int
-        if num_classes is not None:
-            dense = getattr(getattr(dataset, 'reader', None), 'dense_target', False)
-            self.encode = MultiLabelTarget(num_classes, dense=dense)
+        self.transform = transform
+        self.shape = shape
+        self.replace = replace
+        self.encode, self.missing = target_encoding(dataset, num_classes)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -178,10 +200,58 @@ class StreamedSamples(IterableDataset):
         self.dataset.set_loader_cfg(num_workers=num_workers)
 
     def __iter__(self) -> Iterator[tuple[Tensor, int | Tensor, list[str]]]:
+        item, owed = None, 0
         with _complaints_of_reader() as complaints:
             for image, target in self.dataset:
-                yield image, self.encode(target), list(complaints)
+                if not isinstance(image, str):
+                    item, copies, owed = (image, self.encode(target)), 1 + owed, 0
+                else:
+                    complaints.append(image)
+                    if self.replace:  # by the next one
+                        owed += 1
+                        continue
+                    item, copies = (torch.zeros(self.shape, dtype=torch.uint8), self.missing), 1
+                for _ in range(copies):
+                    yield *item, list(complaints)
+                    complaints.clear()
+            for _ in range(owed if item else 0):
+                yield *item, list(complaints)
                 complaints.clear()
+
+    def _prepare(self, image: Image.Image | dict) -> Tensor | str:
+        """The image as a tensor, or why it cannot be read."""
+        if not isinstance(image, dict):
+            return self.transform(image)
+        try:
+            return self.transform(open_undecoded(image).convert(self.mode))
+        except UNREADABLE as error:
+            return f'{image["path"] or "an image of the stream"}: {describe(error)}'
+
+
+def leave_undecoded(dataset: IterableDataset) -> str | None:
+    """Has a stream of Hugging Face's datasets hand out files instead of images: it would end with the first bad one.
+
+    Returns:
+        The mode that its images should have; None for other streams.
+    """
+    reader = getattr(dataset, 'reader', None)
+    if type(reader).__name__ != 'ReaderHfids' or reader.input_key not in (reader.builder.info.features or ()):
+        return None
+    import datasets
+
+    reader.builder.info.features[reader.input_key] = datasets.Image(decode=False)
+    mode, reader.input_img_mode = reader.input_img_mode, None
+    return mode
+
+
+def open_undecoded(image: dict) -> Image.Image:
+    """Opens what Hugging Face's datasets have for an image that they did not decode: {'bytes': ..., 'path': ...}."""
+    return Image.open(io.BytesIO(image['bytes']) if image['bytes'] else image['path'])
+
+
+def describe(error: Exception) -> str:
+    """Why an image cannot be read, in one line."""
+    return ' '.join(BYTES.sub('', str(error)).split()) or type(error).__name__
 
 
 @contextmanager

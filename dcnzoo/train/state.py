@@ -1,5 +1,6 @@
 """Where a run is: all that it counts, as JSON content, in every checkpoint."""
 
+import time
 from dataclasses import dataclass, field
 
 
@@ -34,6 +35,18 @@ class State:
     """one row per epoch: the columns of metrics.csv"""
     unreadable: list[str] = field(default_factory=list)
     """images that could not be read, each once, with the reason"""
+
+    def begin_epoch(self) -> None:
+        """Moves to the start of the next epoch."""
+        self.epoch, self.batch, self.skipped_batches = self.epoch + 1, 0, 0
+        self.loss_sums, self.epoch_seconds = [0.0] * self.processes, 0.0
+
+    def count_seconds(self, started: float) -> float:
+        """Counts the time since a reading of time.monotonic(), and returns the present one."""
+        now = time.monotonic()
+        self.seconds += now - started
+        self.epoch_seconds += now - started
+        return now
 
     def divide(self, processes: int, batch_size: int, batches: int, accumulate: int) -> list[str]:
         """Moves to the same place of an epoch that is divided into other batches, or a little before it.

@@ -41,12 +41,12 @@ def summarize(trainer: 'Trainer', seconds: float) -> dict:
     if config.model.channels_last:
         best.to(memory_format=torch.channels_last)
     metrics = trainer.validate(best)
-    splits, facts = trainer.splits, environment()
+    splits, facts = trainer.data.splits, environment()
     summary = {
-        'model': trainer.model_config['architecture'],
+        'model': trainer.network.config['architecture'],
         'parameters': sum(p.numel() for p in best.parameters()),
-        'num_classes': trainer.model_config['num_classes'],
-        'input_size': trainer.model_config['pretrained_cfg']['input_size'],
+        'num_classes': trainer.network.config['num_classes'],
+        'input_size': trainer.network.config['pretrained_cfg']['input_size'],
         'train_images': len(splits.train),
         'val_images': len(splits.val),
         'epochs': state.epoch,

@@ -51,6 +51,20 @@ def test_shipped_configs(path):
     assert f'train --config {path.stem}' in path.read_text()
 
 
+@pytest.mark.parametrize(('name', 'drop_path'), [('tiny', 0.1), ('small', 0.4), ('base', 0.5)])
+def test_published_settings(name, drop_path):
+    config = parse(['--config', f'dcnv4_{name}_in1k'])
+    assert (config.model.name, config.model.drop_path_rate, config.data.image_size) == (f'dcnv4_{name}', drop_path, 224)
+    optim, schedule, augment = config.optim, config.schedule, config.augment
+    assert (optim.name, optim.lr, optim.lr_base_batch, optim.weight_decay) == ('adamw', 5e-4, 512, 0.05)
+    assert (optim.clip_grad, optim.clip_mode) == (5.0, 'norm')
+    assert (schedule.name, schedule.epochs, schedule.warmup_epochs) == ('cosine', 300, 20)
+    assert (schedule.warmup_lr, schedule.min_lr) == (5e-7, 5e-6)
+    assert (augment.auto_augment, augment.mixup, augment.cutmix) == ('rand-m9-mstd0.5-inc1', 0.8, 1.0)
+    assert (augment.random_erasing, augment.label_smoothing) == (0.25, 0.1)
+    assert config.ema.decay == 0.9999
+
+
 def test_there_are_configs():
     assert {'digits_atto', 'flowers_atto', 'finetune_folder', 'dcnv4_tiny_in1k'} <= {path.stem for path in CONFIGS}
 

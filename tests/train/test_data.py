@@ -1,3 +1,4 @@
+import io
 import shutil
 import subprocess
 import sys
@@ -235,6 +236,63 @@ def test_streams():
     assert (images[:, 0, 0, 0].tolist(), images[0, 1, 0, 0].item()) == ([0, 1, 2], 5)
     assert (targets.tolist(), complaints) == ([0, 1, 0], [])
     assert sum(len(targets) for _, targets, _ in val) == 8
+
+
+class Files(Stream):
+    """As a stream whose images were left undecoded: four, of which the first and the last cannot be read."""
+
+    def __iter__(self):
+        for number in range(4):
+            file = io.BytesIO()
+            Image.new('RGB', (40, 40), (number, 0, 0)).save(file, 'png')
+            content = file.getvalue()[: 30 if number in (0, 3) else None]
+            yield self.transform({'bytes': content, 'path': f'{number}.png'}), number
+
+
+def test_unreadable_images_of_a_stream():
+    """In training others take their places; in validation they do not count."""
+    data = DataConfig(batch_size=4, workers=0)
+    config = Config(data=data, augment=AugmentConfig(crop_mode='none'))
+    for loader, numbers in zip(
+        build_loaders(Splits(Files(), Files(), None), config, INPUT, pin_memory=False),
+        ([1, 1, 2, 2], [-1, 1, 2, -1]),
+        strict=True,
+    ):
+        ((images, targets, complaints),) = loader
+        assert images.shape == (4, 3, 32, 32)
+        assert targets.tolist() == numbers
+        assert [complaint.split(': ')[0] for complaint in complaints] == ['0.png', '3.png']
+
+
+@pytest.mark.parametrize('name', ['hfds', 'hfids'])
+def test_a_missing_package_is_named(name, monkeypatch):
+    monkeypatch.delitem(sys.modules, f'timm.data.readers.reader_{name}', raising=False)
+    monkeypatch.setitem(sys.modules, 'datasets', None)  # as if it were not installed
+    with pytest.raises(TrainError, match=rf"'{name}/me/photos' needs the package datasets: pip install datasets"):
+        open_splits(DataConfig(dataset=f'{name}/me/photos'))
+
+
+@pytest.mark.parametrize('name', ['hfds', 'hfids'])
+def test_datasets_of_hugging_face(own_photos, tmp_path, name):
+    """Of a folder with a damaged image, at random and as a stream: every image once, the damaged one named."""
+    pytest.importorskip('datasets')
+    bad = own_photos / 'train' / 'red' / '3.jpg'
+    bad.write_text('no image')
+    data = DataConfig(
+        root=str(tmp_path / 'cache'), dataset=f'{name}/{own_photos}', val_split='validation', batch_size=6, workers=0,
+        download=True,
+    )  # fmt: skip
+    splits = open_splits(data)
+    assert (len(splits.train), splits.classes) == (36, list(CLASSES))
+    config = Config(data=data, augment=AugmentConfig(crop_mode='none'))
+    train, val = build_loaders(splits, config, INPUT, pin_memory=False)
+    train.dataset.set_epoch(1)
+    val.dataset.set_epoch(0)
+    batches = list(train)
+    assert [len(images) for images, *_ in batches] == [6] * 6
+    complaints = [complaint for *_, each in batches for complaint in each]
+    assert len(complaints) == 1 and str(bad) in complaints[0], complaints
+    assert sorted(target for _, targets, _ in val for target in targets.tolist()) == [0] * 5 + [1] * 5 + [2] * 5
 
 
 def test_batch_transform():

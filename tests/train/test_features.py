@@ -14,6 +14,7 @@ from torch import nn
 
 from dcnzoo.commands import main as command
 from dcnzoo.macs import count_macs
+from dcnzoo.train.arguments import parse
 from dcnzoo.train.config import AugmentConfig, Config, DataConfig, LossConfig, ModelConfig, OptimConfig
 from dcnzoo.train.data import class_counts, open_splits
 from dcnzoo.train.errors import TrainError
@@ -31,7 +32,6 @@ MEAN = {'mean': (0.5, 0.5, 0.5), 'std': (0.25, 0.25, 0.25)}
 @pytest.fixture(scope='module')
 def trained(photos, tmp_path_factory):
     """A finished run of two epochs with all its checkpoints."""
-    from dcnzoo.train.arguments import parse
     from dcnzoo.train.main import train
 
     output = tmp_path_factory.mktemp('features') / 'run'
@@ -65,6 +65,28 @@ def test_parameters_of_their_own(layer_decay):
             assert own[name] == (pytest.approx(2 * scale), 0.0 if name.endswith('bias') else 0.3)
         else:
             assert own[name] == (scale, decay)
+
+
+def test_rates_of_the_large_fine_tune():
+    """As published: each block learns 0.9 times as fast as the one above it, offsets and modulation a tenth of that."""
+    optim = parse(['--config', 'dcnv4_large_in22k_ft_in1k']).optim
+    with torch.device('meta'):
+        model = timm.create_model('dcnv4_large')
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {
+        names[id(parameter)]: group['lr_scale']
+        for group in build_optimizer(model, optim, lr=1e-3).param_groups
+        for parameter in group['params']
+    }
+    blocks = [f'stages.{number}.blocks.{block}' for number, depth in enumerate((5, 5, 22, 5)) for block in range(depth)]
+    for above, block in enumerate(reversed(blocks)):
+        assert rates[f'{block}.mlp.fc1.weight'] == pytest.approx(0.9**above)
+        assert rates[f'{block}.dcn.value_proj.weight'] == pytest.approx(0.9**above)
+        assert rates[f'{block}.dcn.offset_mask.weight'] == pytest.approx(0.1 * 0.9**above)
+        assert rates[f'{block}.dcn.offset_mask_dw.bias'] == pytest.approx(0.1 * 0.9**above)
+    assert rates['head.fc.weight'] == 1
+    assert rates['stem.conv1.weight'] == rates['stages.0.blocks.0.mlp.fc1.weight']
+    assert rates['stages.2.downsample.conv.weight'] == rates['stages.2.blocks.0.mlp.fc1.weight']
 
 
 @pytest.mark.parametrize(
@@ -350,8 +372,6 @@ def test_reports(trained):
 
 def test_functions_for_python(photos, trained, tmp_path):
     """`evaluate` and `plan` return what they write."""
-    from dcnzoo.train.arguments import parse
-
     forget_accelerator()
     metrics = evaluate(parse(['--resume', str(trained), '--eval', '--run.output', str(tmp_path / 'run')]))
     assert metrics == json.loads((tmp_path / 'run' / 'eval' / 'eval.json').read_text())

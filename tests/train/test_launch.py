@@ -101,12 +101,13 @@ def test_a_signal_leaves_a_checkpoint_to_resume(command, number, whole_group, ph
     assert json.loads((output / 'summary.json').read_text())['epochs'] == epochs
 
 
-def test_a_signal_to_one_of_two_processes_stops_both(photos, tmp_path):
+def test_a_signal_that_comes_twice(photos, tmp_path):
+    """To all processes of a job, as schedulers send it, and from the launcher that hands it on: it stops them once."""
     output = tmp_path / 'run'
     arguments = settings(photos, output, data__batch_size=4, schedule__epochs=1000)
     process = start('torchrun, two', arguments, start_new_session=True)
     wait_for(output / 'metrics.csv', process)
-    process.send_signal(signal.SIGTERM)  # torchrun hands it on
+    os.killpg(process.pid, signal.SIGTERM)
     status, _, errors = finish(process)
     assert status != 0
     stops = [line for line in errors if line.startswith('SIGTERM: stopped at epoch ')]

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
 from timm.utils import ModelEmaV3
 
+from dcnzoo.train import launch
 from dcnzoo.train.arguments import parse
-from dcnzoo.train.launch import launched_processes
+from dcnzoo.train.launch import asked_processes, launched_processes
 from dcnzoo.train.loop import Trainer
 from dcnzoo.train.main import train as run
 
-from .conftest import CLASSES, forget_accelerator, settings
+from .conftest import CLASSES, REPOSITORY, forget_accelerator, settings
 
 
 def read(path):
@@ -382,5 +383,14 @@ def test_the_average_follows_timm(photos, tmp_path, train, monkeypatch):
     assert steps == [1, 2, 3, 4]
 
 
-def test_no_launcher_no_number_of_processes():
-    assert launched_processes() is None
+def test_processes_that_were_asked_for(monkeypatch, tmp_path):
+    """By the arguments of `accelerate launch`, its configuration, or another launcher."""
+    monkeypatch.setattr(launch, 'default_config_file', str(tmp_path / 'none.yaml'))
+    assert asked_processes(['--num_processes', '3', 'train', '--config', 'x']) == 3
+    assert asked_processes(['train', '--config', 'x']) == 0
+    file = str(REPOSITORY / 'configs' / 'accelerate' / 'ddp.yaml')
+    assert asked_processes(['--config_file', file, 'train']) == 8
+    assert asked_processes(['--config_file', file, '--num-processes=2', 'train']) == 2
+    assert launched_processes() == 0
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert launched_processes() == 2
