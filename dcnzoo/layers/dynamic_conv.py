@@ -8,21 +8,10 @@ from torch import Tensor, nn
 
 from ..ops import dynamic_conv2d
 from ..ops._dynamic_conv import pad_same, symmetric_padding
-from ._geometry import check_groups, check_positive, pair
+from ._geometry import check_groups, check_map, check_positive, pair
 
+torch.fx.wrap('check_map')
 torch.fx.wrap('pad_same')
-torch.fx.wrap('average')
-
-
-def average(x: Tensor, channels: int) -> Tensor:
-    """The mean over the pixels of a map, (N, channels, H, W) -> (N, channels).
-
-    Raises:
-        ValueError: The map has another shape.
-    """
-    if not torch.jit.is_tracing() and (x.ndim != 4 or x.shape[1] != channels):  # a trace knows no sizes to check
-        raise ValueError(f'x must have shape (N, {channels}, H, W), got {list(x.shape)}')
-    return x.mean((2, 3))
 
 
 class CondConv2d(nn.Module):
@@ -224,7 +213,8 @@ class DynamicConv2d(nn.Module):
 
     def shares(self, x: Tensor) -> Tensor:
         """Predicts the experts' shares: (N, in_channels, H, W) -> (N, num_experts)."""
-        logits = self.routing(average(x, self.cond_conv.in_channels))
+        check_map(x, 'N, C, H, W', self.cond_conv.in_channels)
+        logits = self.routing(x.mean((2, 3)))
         if self.temperature != 1.0:
             logits = logits / self.temperature
         return logits.softmax(1) if self.softmax else logits.sigmoid()
@@ -290,9 +280,10 @@ class GatedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, in_channels, H, W) to (N, out_channels, Ho, Wo)."""
+        check_map(x, 'N, C, H, W', self.conv.in_channels)
         padded = pad_same(x, self.kernel_size, self.stride, self.dilation) if self.same_padding else x
         out = self.conv(padded)
         if self.gated:
-            gate = (self.routing(average(x, self.conv.in_channels)) / self.temperature).sigmoid()
+            gate = (self.routing(x.mean((2, 3))) / self.temperature).sigmoid()
             out = out * gate.view(-1, 1, 1, 1)
         return out

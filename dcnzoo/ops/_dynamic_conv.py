@@ -140,28 +140,11 @@ def _convolve(
     if n > 1 and x.device.type == 'cpu' and not _is_recorded():
         few = _samples_at_once(x, weight, kernel_size, stride, padding, groups)
     if n <= few:
-        return _convolve_few(x, weight, routing, bias, kernel_size, stride, padding, dilation, groups)
+        return _convolve_together(x, weight, routing, bias, kernel_size, stride, padding, dilation, groups)
     outs: list[Tensor] = []
     for part, shares in zip(x.split(few), routing.split(few)):  # noqa: B905 - TorchScript's zip is never strict
-        outs.append(_convolve_few(part, weight, shares, bias, kernel_size, stride, padding, dilation, groups))
+        outs.append(_convolve_together(part, weight, shares, bias, kernel_size, stride, padding, dilation, groups))
     return torch.cat(outs)
-
-
-def _convolve_few(
-    x: Tensor,
-    weight: Tensor,
-    routing: Tensor,
-    bias: Tensor | None,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles whatever stands behind an `and`
-        if _multiplies_singly(x, weight, kernel_size, stride, padding, groups):
-            return _multiply_singly(x, weight, routing, bias, stride)
-    return _convolve_together(x, weight, routing, bias, kernel_size, stride, padding, dilation, groups)
 
 
 def _multiplies_singly(x, weight, kernel_size, stride, padding, groups) -> bool:
@@ -269,7 +252,10 @@ def _convolve_together(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """Mixes the kernels of all samples, then convolves them by one operation."""
+    """Mixes the kernels of all samples, then convolves them by one operation, or by one each where that is faster."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles whatever stands behind an `and`
+        if _multiplies_singly(x, weight, kernel_size, stride, padding, groups):
+            return _multiply_singly(x, weight, routing, bias, stride)
     n, channels = x.shape[0], x.shape[1]
     taps = kernel_size[0] * kernel_size[1]
     channels_last = _is_channels_last(x)

@@ -3,13 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train.conftest import REPOSITORY, make_photos, settings
+from tests.train.conftest import LAUNCH, REPOSITORY, make_photos, settings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,17 +22,9 @@ def photos(tmp_path_factory):
 
 
 def launch(photos, output, *launcher, **changes):
-    arguments = settings(photos, output, run__cpu='false', data__workers=2, schedule__epochs=2, **changes)
-    command = [
-        sys.executable,
-        '-m',
-        'accelerate.commands.accelerate_cli',
-        'launch',
-        '-q',
-        *launcher,
-        'train',
-        *arguments,
-    ]
+    """Trains by `accelerate launch`; returns the summary and standard output."""
+    changes = {'run__cpu': 'false', 'data__workers': 2, **changes}
+    command = [*LAUNCH, *launcher, 'train', *settings(photos, output, **changes)]
     environment = {name: value for name, value in os.environ.items() if name != 'ACCELERATE_USE_CPU'}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -64,20 +55,9 @@ def test_fsdp2(photos, tmp_path):
     assert summary['processes'] == count
     weights = load_file(tmp_path / 'run' / 'best' / 'model.safetensors')
     assert sum(value.numel() for value in weights.values()) >= summary['parameters']
-    arguments = settings(photos, tmp_path / 'run', run__cpu='false', schedule__epochs=3, **changes)
-    command = [
-        sys.executable,
-        '-m',
-        'accelerate.commands.accelerate_cli',
-        'launch',
-        '-q',
-        *launcher,
-        'train',
-        *arguments,
-    ]
-    done = subprocess.run([*command, '--resume', 'auto'], cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert 'resumed' in done.stdout
+    summary, text = launch(photos, tmp_path / 'run', *launcher, **changes, schedule__epochs=3, resume='auto')
+    assert summary['epochs'] == 3
+    assert 'resumed' in text
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')

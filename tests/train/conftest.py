@@ -81,15 +81,15 @@ def train(capsys):
     return run
 
 
-ACCELERATE = [sys.executable, '-m', 'accelerate.commands.accelerate_cli', 'launch', '-q', '--num_processes']
+LAUNCH = [sys.executable, '-m', 'accelerate.commands.accelerate_cli', 'launch', '-q']
 COMMANDS = {
     'python -m train': [sys.executable, '-m', 'train'],
     'python -m dcnzoo.train': [sys.executable, '-m', 'dcnzoo.train'],
-    'accelerate launch train': [*ACCELERATE, '1', 'train'],
-    'accelerate launch -m train': [*ACCELERATE, '1', '-m', 'train'],
-    'accelerate launch -m dcnzoo.train': [*ACCELERATE, '1', '-m', 'dcnzoo.train'],
-    'accelerate launch, one for two': [*ACCELERATE, '2', '--cpu', 'train'],
-    'accelerate launch, two': [*ACCELERATE, '2', '--multi_gpu', '--main_process_port', '0', 'train'],
+    'accelerate launch train': [*LAUNCH, '--num_processes', '1', 'train'],
+    'accelerate launch -m train': [*LAUNCH, '--num_processes', '1', '-m', 'train'],
+    'accelerate launch -m dcnzoo.train': [*LAUNCH, '--num_processes', '1', '-m', 'dcnzoo.train'],
+    'accelerate launch, one for two': [*LAUNCH, '--num_processes', '2', '--cpu', 'train'],
+    'accelerate launch, two': [*LAUNCH, '--num_processes', '2', '--multi_gpu', '--main_process_port', '0', 'train'],
     'torchrun, two': [
         sys.executable,
         '-m',
