@@ -29,7 +29,7 @@ def deform_attn(
         value: The maps' pixels row by row, level behind level, (N, S, M, D): S = sum of height * width over the levels,
             M heads of D channels; float64, float32, float16 or bfloat16. Any strides.
         spatial_shapes: (height, width) of each of the L levels: pairs of ints, or an integer tensor (L, 2). One that is
-            on a GPU is read back, which waits for the GPU; `torch.compile` wants pairs, and compiles for each set.
+            on a GPU is read back, which waits for the GPU; `torch.compile` wants pairs, whose ints may be dynamic.
         sampling_locations: (N, queries, M, L, points, 2) as (x, y), in value's dtype, or float32 beside a half value.
         attention_weights: Weights of the samples, (N, queries, M, L, points), in one of the same two dtypes. They are
             used as they come; in Deformable DETR they are a softmax over all levels and points.

@@ -23,7 +23,7 @@ _GEOMETRY = (
     'int groups, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w, '
     'int dilation_h, int dilation_w, float offset_scale, bool remove_center, bool softmax'
 )
-_ATTENTION = 'Tensor value, Tensor sampling_locations, Tensor attention_weights, int[] spatial_shapes'
+_ATTENTION = 'Tensor value, Tensor sampling_locations, Tensor attention_weights, SymInt[] spatial_shapes'
 _SCHEMAS = {
     'dcnv4': f'(Tensor value, Tensor offset_mask, {_GEOMETRY}) -> Tensor',
     'dcnv4_backward': (

@@ -246,8 +246,9 @@ def test_compile(backend):
         value = torch.cat((image.flatten(2), image[:, :, ::2, ::2].flatten(2)), 2).transpose(1, 2).unflatten(2, (3, 16))
         return deform_attn(value, [tuple(shape) for shape in shapes], locations, weights)
 
-    compiled = torch.compile(function, fullgraph=True, backend='aot_eager')
-    for height, width in ((6, 8), (4, 6)):
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend='aot_eager')
+    torch._dynamo.utils.counters.clear()
+    for height, width in ((6, 8), (4, 6), (10, 14)):
         image = torch.randn(2, 48, height, width, requires_grad=True)
         _, locations, weights, grad_output = PLAIN.operands(torch.float32)
         operands = image, locations.requires_grad_(), weights.requires_grad_()
@@ -255,6 +256,7 @@ def test_compile(backend):
         expected = torch.autograd.grad(function(*operands), operands, grad_output)
         assert error(compiled(*operands), function(*operands)) < 1e-6
         assert all(error(*pair) < 1e-6 for pair in zip(grads, expected, strict=True))
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
 
 
 def test_fx(backend):
