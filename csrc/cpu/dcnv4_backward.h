@@ -153,36 +153,34 @@ DCNZOO_INLINE void find_point_grads(const BackwardPoints<T>& points, int64_t cou
   }
 }
 
-template <int64_t kCount, typename Vector, typename T, typename O>
-DCNZOO_INLINE void copy_grads(const T* source, int64_t count, O* target) {
-  constexpr int64_t lanes = Vector::kLanes;
-  const int64_t size = kCount > 0 ? kCount : count;
-  for (int64_t i = 0; i < size; i += lanes) {
-    if (i + lanes <= size) {
-      Vector::load(source + i).store(target + i);
-    } else {
-      Vector::load(source + i).store_first(target + i, size - i);
-    }
-  }
-}
-
 // Writes the gradients of one pixel and group's numbers in offset_mask.
 template <int64_t kPoints, typename Vector, typename T, typename O>
 DCNZOO_INLINE void write_point_grads(
-    const BlockPoints<T>& block, const BackwardPoints<T>& points, int64_t place, int64_t count, bool softmax, O* target) {
-  T* mask_grads = points.mask_grads + place;
-  if (softmax) {
-    const T* masks = block.masks + place;
-    T shift = 0;
-    for (int64_t k = 0; k < count; ++k) {
-      shift += masks[k] * mask_grads[k];
-    }
-    for (int64_t k = 0; k < count; ++k) {
-      mask_grads[k] = masks[k] * (mask_grads[k] - shift);
-    }
+    const BlockPoints<T>& block, const BackwardPoints<T>& points, int64_t place, int64_t points_count, bool softmax,
+    O* target) {
+  constexpr int64_t lanes = Vector::kLanes;
+  const int64_t count = kPoints > 0 ? kPoints : points_count;
+  const T* position_grads = points.position_grads + 2 * place;
+  const T* mask_grads = points.mask_grads + place;
+  const T* masks = block.masks + place;
+  for (int64_t i = 0; i < 2 * count; i += lanes) {
+    store_up_to(Vector::load(position_grads + i), target + i, 2 * count - i);
   }
-  copy_grads<2 * kPoints, Vector>(points.position_grads + 2 * place, 2 * count, target);
-  copy_grads<kPoints, Vector>(mask_grads, count, target + 2 * count);
+  target += 2 * count;
+  if (!softmax) {
+    for (int64_t i = 0; i < count; i += lanes) {
+      store_up_to(Vector::load(mask_grads + i), target + i, count - i);
+    }
+    return;
+  }
+  Vector sums = Vector::broadcast(0);
+  for (int64_t i = 0; i < count; i += lanes) {
+    sums = fma(load_up_to<Vector>(masks + i, count - i), load_up_to<Vector>(mask_grads + i, count - i), sums);
+  }
+  const Vector mean = Vector::broadcast(sums.sum());
+  for (int64_t i = 0; i < count; i += lanes) {
+    store_up_to(Vector::load(masks + i) * (Vector::load(mask_grads + i) - mean), target + i, count - i);
+  }
 }
 
 // Copies between a row of channels and a row of vectors, whose end is zero.

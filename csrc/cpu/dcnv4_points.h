@@ -69,23 +69,50 @@ DCNZOO_INLINE Vector exp_of_negative(Vector x) {
   return zero_below(scale_by_power(sum, power), x, Vector::broadcast(-87.3f));
 }
 
-// Softmax of one group's masks in place; may write to what follows them.
-template <int64_t kPoints, typename Vector, typename T>
-DCNZOO_INLINE void normalize_masks(T* masks, int64_t points) {
+// Zeros, then minus infinity, as many of each.
+template <typename T, int64_t kCount>
+struct NegativeTail {
+  T numbers[2 * kCount]{};
+
+  constexpr NegativeTail() {
+    for (int64_t i = kCount; i < 2 * kCount; ++i) {
+      numbers[i] = -std::numeric_limits<T>::infinity();
+    }
+  }
+};
+
+// Puts one pixel and group's masks at `masks`, after a softmax where asked for; may write to what follows them.
+template <int64_t kPoints, typename Vector, typename O, typename T>
+DCNZOO_INLINE void place_masks(const O* packed, int64_t points, bool softmax, T* masks) {
+  constexpr int64_t lanes = Vector::kLanes;
   const int64_t count = kPoints > 0 ? kPoints : points;
-  T highest = masks[0];
-  for (int64_t k = 1; k < count; ++k) {
-    highest = masks[k] > highest ? masks[k] : highest;
+  if (!softmax) {
+    for (int64_t i = 0; i < count; i += lanes) {
+      load_up_to<Vector>(packed + i, count - i).store(masks + i);
+    }
+    return;
   }
-  for (int64_t i = 0; i < count; i += Vector::kLanes) {
-    exp_of_negative(Vector::load(masks + i) - Vector::broadcast(highest)).store(masks + i);
+  // Added to logits it turns the zeros behind the last into minus infinity, whose share is 0.
+  const auto behind = [](int64_t rest) {
+    alignas(64) static constexpr NegativeTail<T, lanes> tail;
+    return Vector::load(tail.numbers + lanes - (rest < lanes ? rest : lanes));
+  };
+  Vector highest = Vector::broadcast(-std::numeric_limits<T>::infinity());
+  for (int64_t i = 0; i < count; i += lanes) {
+    const Vector logits = load_up_to<Vector>(packed + i, count - i) + behind(count - i);
+    highest = max(logits, highest);
+    logits.store(masks + i);
   }
-  T sum = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    sum += masks[k];
+  highest = Vector::broadcast(highest.highest());
+  Vector sums = Vector::broadcast(0);
+  for (int64_t i = 0; i < count; i += lanes) {
+    const Vector shares = exp_of_negative(Vector::load(masks + i) - highest);
+    sums = sums + shares;
+    shares.store(masks + i);
   }
-  for (int64_t i = 0; i < count; i += Vector::kLanes) {
-    (Vector::load(masks + i) * Vector::broadcast(1 / sum)).store(masks + i);
+  const Vector factor = Vector::broadcast(1 / sums.sum());
+  for (int64_t i = 0; i < count; i += lanes) {
+    (Vector::load(masks + i) * factor).store(masks + i);
   }
 }
 
@@ -98,20 +125,12 @@ DCNZOO_INLINE void place_points(
   constexpr int64_t lanes = Vector::kLanes;
   const int64_t count = kPoints > 0 ? kPoints : points;
   T* positions = block.positions + 2 * first;
-  T* masks = block.masks + first;
   for (int64_t i = 0; i < 2 * count; i += lanes) {
     const Vector offsets =
         i + lanes <= 3 * count ? Vector::load(packed + i) : Vector::load_first(packed + i, 2 * count - i);
     (origin + (Vector::load(grid + i) + offsets) * scale).store(positions + i);
   }
-  for (int64_t i = 0; i < count; i += lanes) {
-    const O* source = packed + 2 * count + i;
-    const Vector mask = i + lanes <= count ? Vector::load(source) : Vector::load_first(source, count - i);
-    mask.store(masks + i);
-  }
-  if (softmax) {
-    normalize_masks<kPoints, Vector>(masks, count);
-  }
+  place_masks<kPoints, Vector>(packed + 2 * count, count, softmax, block.masks + first);
 }
 
 template <typename Vector, typename T>

@@ -57,11 +57,6 @@ DCNZOO_INLINE CellAxis<Vector> find_cell(Vector location, Vector size) {
   return {cell, coordinate - cell, select(less(size, two), Vector::broadcast(-1), two)};
 }
 
-template <typename Vector, typename S>
-DCNZOO_INLINE Vector load_up_to(const S* p, int64_t count) {
-  return count >= Vector::kLanes ? Vector::load(p) : Vector::load_first(p, count);
-}
-
 // Locations of a vector of samples, of which there are `count` more.
 template <typename Vector, typename O>
 DCNZOO_INLINE void load_locations(const O* locations, int64_t count, Vector& x, Vector& y) {

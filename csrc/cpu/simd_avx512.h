@@ -84,6 +84,9 @@ struct FloatVector {
     _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
   }
 
+  DCNZOO_INLINE float sum() const { return _mm512_reduce_add_ps(r); }
+  // Of numbers that are not NaN.
+  DCNZOO_INLINE float highest() const { return _mm512_reduce_max_ps(r); }
   DCNZOO_INLINE void store(float* p) const { _mm512_storeu_ps(p, r); }
   template <typename T>
   DCNZOO_INLINE void store(T* p) const {

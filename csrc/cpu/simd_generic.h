@@ -99,6 +99,21 @@ struct GenericVector {
     __builtin_memcpy(p, &sums, sizeof(sums));
   }
 
+  DCNZOO_INLINE T sum() const {
+    T sum = r[0];
+    for (int64_t i = 1; i < kLanes; ++i) {
+      sum += r[i];
+    }
+    return sum;
+  }
+  // Of numbers that are not NaN.
+  DCNZOO_INLINE T highest() const {
+    T highest = r[0];
+    for (int64_t i = 1; i < kLanes; ++i) {
+      highest = r[i] > highest ? r[i] : highest;
+    }
+    return highest;
+  }
   DCNZOO_INLINE void store(T* p) const { __builtin_memcpy(p, &r, sizeof(r)); }
   template <typename S>
   DCNZOO_INLINE void store(S* p) const {
@@ -157,4 +172,18 @@ DCNZOO_INLINE GenericVector<T, kCount> exp_of_negative(GenericVector<T, kCount> 
     }
   }
   return x;
+}
+
+// The lanes up to `count`, of any vector; the others are 0.
+template <typename Vector, typename S>
+DCNZOO_INLINE Vector load_up_to(const S* p, int64_t count) {
+  return count >= Vector::kLanes ? Vector::load(p) : Vector::load_first(p, count);
+}
+template <typename Vector, typename S>
+DCNZOO_INLINE void store_up_to(Vector vector, S* p, int64_t count) {
+  if (count >= Vector::kLanes) {
+    vector.store(p);
+  } else {
+    vector.store_first(p, count);
+  }
 }
