@@ -76,11 +76,14 @@ def _with_config(argument: str) -> str:
     from ..integrations.ultralytics.registration import nearest
 
     key, _, value = argument.partition('=')
-    name = value.removesuffix('.yaml')
+    name = value.removesuffix('.yaml').removesuffix('.pt')
     if key != 'model' or Path(value).exists() or not re.fullmatch(r'yolov?\d+[^./]*(\+.*)?', name):
         return argument
-    meant = '+' in name or nearest(name.partition('-')[2], VARIANTS)  # a misspelt one too
-    return f'model={config_by_name(name)}' if meant else argument
+    if '+' not in name and not nearest(name.partition('-')[2], VARIANTS):  # a misspelt one is meant too
+        return argument
+    if value.endswith('.pt'):  # ultralytics would look for it among its releases
+        raise CommandError(f'model: there is no file {value}; model={name} is the variant before any training')
+    return f'model={config_by_name(name)}'
 
 
 def add_models_arguments(parser: argparse.ArgumentParser) -> None:

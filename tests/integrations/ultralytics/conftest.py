@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import islice
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from . import data
 
 SETTINGS = dict(
-    imgsz=64, batch=4, device='cpu', workers=0, plots=False, verbose=False, optimizer='AdamW', lr0=2e-3, nbs=4
+    imgsz=64, batch=4, device='cpu', workers=0, plots=False, verbose=False, optimizer='AdamW', lr0=1e-3, nbs=4
 ) | dict(warmup_epochs=0, mosaic=0, close_mosaic=0)
 
 
@@ -33,20 +34,20 @@ class Interrupted(Exception):
 
 @pytest.fixture(scope='session')
 def train(images, tmp_path_factory):
-    """Trains a model for a short epoch; returns it, with the loss of one batch before and after in `losses`.
+    """Trains a model for a short epoch; returns it, with the loss of some batches before and after in `losses`.
 
     With `interrupt` a second epoch follows in another run, resumed from what the first left, with its losses.
     """
     from ultralytics import YOLO
 
     def train(config, task='detect', interrupt=False, **settings):
-        losses, batch = [], {}
+        losses, batches = [], []
 
         def note_loss(trainer):
-            if not batch:
-                batch.update(trainer.preprocess_batch(next(iter(trainer.train_loader))))
+            if not batches:
+                batches.extend(map(trainer.preprocess_batch, islice(trainer.train_loader, 6)))
             with torch.no_grad():
-                losses.append(trainer.model(batch)[0].sum().item())
+                losses.append(sum(trainer.model(batch)[0].sum().item() for batch in batches))
 
         def load(source):
             model = YOLO(source)

@@ -2,24 +2,24 @@
 
 import os
 import shutil
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import yaml
 from PIL import Image
 
-PHOTOS = Path(os.environ['DCNZOO_TEST_DATA']) / 'coco_cc' if os.environ.get('DCNZOO_TEST_DATA') else None
+PHOTOS = Path(os.environ.get('DCNZOO_TEST_DATA') or 'nowhere') / 'coco_cc'
 COLOURS = {'red': (220, 40, 30), 'blue': (30, 60, 220)}
 SIZE = 96
 
 
-def make(folder: Path, task: str, train: int = 24, val: int = 6) -> str:
+def make(folder: Path, task: str, train: int = 96, val: int = 6) -> str:
     """Makes a data set; returns what training takes as `data`."""
-    if task == 'detect' and PHOTOS is not None and PHOTOS.is_dir():
+    if task == 'detect' and PHOTOS.is_dir():
         return copy_photos(folder, train, val)
     rng = np.random.default_rng(0)
-    # Noise with rectangles takes more steps than photos until a loss falls.
-    for split, count in (('train', 4 * train if task == 'detect' else train), ('val', val)):
+    for split, count in (('train', train), ('val', val)):
         for index in range(count):
             draw(folder, split, index, task, rng)
     if task == 'classify':
@@ -29,12 +29,11 @@ def make(folder: Path, task: str, train: int = 24, val: int = 6) -> str:
 
 
 def copy_photos(folder: Path, train: int, val: int) -> str:
-    """The first photos, shrunk, with their labels."""
+    """The first photos, shrunk, with their labels; over again where they are too few."""
     for split, count in (('train', train), ('val', val)):
-        photos = sorted((PHOTOS / 'images' / split).iterdir())[:count]
-        assert len(photos) == count
-        for photo in photos:
-            image, label = (folder / kind / split / photo.name for kind in ('images', 'labels'))
+        photos = sorted((PHOTOS / 'images' / split).iterdir())
+        for index, photo in zip(range(count), cycle(photos), strict=False):
+            image, label = (folder / kind / split / f'{index}_{photo.name}' for kind in ('images', 'labels'))
             for path in (image, label):
                 path.parent.mkdir(parents=True, exist_ok=True)
             with Image.open(photo) as opened:
