@@ -126,7 +126,7 @@ def test_other_tasks_train_and_export(family, variant, task, suffix, train):
     # Classes are colours, which the usual augmentation changes.
     plain = {'auto_augment': None, 'erasing': 0.0, 'hsv_h': 0.0, 'hsv_s': 0.0, 'hsv_v': 0.0}
     settings = plain if task == 'classify' else {}
-    model = train(model_config(f'{family}n{suffix}', variant), task, epochs=3, lr0=2e-3, **settings)
+    model = train(model_config(f'{family}n{suffix}', variant), task, epochs=3, **settings)
     before, *_, after = model.losses
     assert after < before
     saved = YOLO(model.trainer.last)
