@@ -52,12 +52,12 @@ def run(args: argparse.Namespace) -> int:
 
     device = resolve_device(args.device)
     pretrained = not args.untrained and has_weights(args.model)
-    if not pretrained:
-        print('dcnzoo offsets: initial weights, not trained ones: offsets and masks may all be zero', file=sys.stderr)
     model = load_model(args.model, pretrained=pretrained).to(device)
     transform = image_transform(model)
     tensor = transform(read_image(Path(args.image), image_mode(model)))
     normalize = transform.transforms[-1]
+    if not pretrained:
+        print('dcnzoo offsets: initial weights, not trained ones: offsets and masks may all be zero', file=sys.stderr)
     picture = visualize.to_image(tensor, normalize.mean, normalize.std)
     point = tuple(args.point) if args.point else None
     try:

@@ -21,7 +21,7 @@ from .data import (
 )
 from .errors import TrainError
 from .loop import Trainer
-from .model import Network, build_model, build_optimizer, freeze, input_config
+from .model import Network, build_model, build_optimizer, compile_model, freeze, input_config
 from .report import Report
 from .samples import seed_all
 from .schedule import LearningRate, build_scheduler, scaled
@@ -53,7 +53,7 @@ def assemble(config: Config, accelerator: Accelerator) -> Trainer:
         model.to(memory_format=torch.channels_last)
     ema = ModelEmaV3(model, decay=config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
     if config.model.compile:
-        model.compile()
+        compile_model(model, config.model)
     optimizer = build_optimizer(model, config.optim, scaled(config.optim.lr, config, processes))
     if isinstance(splits.train, IterableDataset):  # shared out by its reader
         (model, optimizer), (train_loader, val_loader) = accelerator.prepare(model, optimizer), loaders

@@ -143,11 +143,26 @@ def input_config(model: nn.Module, data: DataConfig, in_chans: int) -> dict:
     for key in ('mean', 'std'):  # statistics of the colours, for a network of other channels
         if cfg.get(key) and len(cfg[key]) != in_chans:
             cfg[key] = (sum(cfg[key]) / len(cfg[key]),) * in_chans
-    overrides = {key: getattr(data, key) for key in ('mean', 'std', 'interpolation', 'crop_pct')}
+    overrides = {key: getattr(data, key) for key in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')}
     for key in ('mean', 'std'):
         if overrides[key] is not None and len(overrides[key]) not in (1, in_chans):
             raise TrainError(f'data.{key} should have 1 or {in_chans} values, got {len(overrides[key])}')
     return resolve_data_config({**overrides, 'input_size': (in_chans, height, width)}, pretrained_cfg=cfg)
+
+
+def compile_model(model: nn.Module, config: ModelConfig) -> None:
+    """Has torch.compile take the model's calls from now on; its names and weights stay as they are.
+
+    Raises:
+        TrainError: if there is no such backend, or it does not take a mode.
+    """
+    backend = config.compile_backend
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise TrainError(f'model.compile_backend: unknown backend {backend!r}{nearest(backend, known)}')
+    if config.compile_mode is not None and backend != 'inductor':
+        raise TrainError(f'model.compile_mode is for the backend inductor, got {backend}', usage=True)
+    model.compile(backend=backend, mode=config.compile_mode)
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig, lr: float) -> torch.optim.Optimizer:

@@ -3,7 +3,9 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
@@ -17,6 +19,7 @@ from dcnzoo.train.data import (
     unreadable_limit,
 )
 from dcnzoo.train.errors import TrainError
+from dcnzoo.train.model import input_config
 from dcnzoo.train.samples import Samples, StreamedSamples
 
 from .conftest import CLASSES, settings
@@ -216,6 +219,30 @@ class Stream(IterableDataset):
     def __iter__(self):
         for index in range(8):
             yield self.transform(Image.new('RGB', (40, 40), (index, self.epoch, 0))), index % 2
+
+
+@pytest.mark.parametrize(
+    'crop_mode, top, middle',
+    [
+        (None, 'gggggggg', 'gggggggg'),
+        ('center', 'gggggggg', 'gggggggg'),
+        ('squash', 'rrggggbb', 'rrggggbb'),
+        ('border', '........', 'rrggggbb'),
+    ],
+)
+def test_what_validation_crops(crop_mode, top, middle, own_photos):
+    """Of a picture twice as wide as high: its middle, all of it squeezed, or all of it between borders."""
+    picture = np.zeros((32, 64, 3), np.uint8)
+    picture[:, :16, 0] = picture[:, 16:48, 1] = picture[:, 48:, 2] = 255
+    (own_photos / 'val' / 'blue' / '0.jpg').unlink()
+    Image.fromarray(picture).save(own_photos / 'val' / 'blue' / '0.png')
+    data = DataConfig(root=str(own_photos), workers=0, image_size=32, crop_pct=1.0, crop_mode=crop_mode)
+    data_config = input_config(timm.create_model('test_dcnv4'), data, 3)
+    _, val = build_loaders(open_splits(data), Config(data=data), data_config, pin_memory=False)
+    image = next(iter(val))[0][0]
+    colours = {(255, 0, 0): 'r', (0, 255, 0): 'g', (0, 0, 255): 'b'}
+    rows = (''.join(colours.get(tuple(pixel), '.') for pixel in image[:, y, 2::4].T.tolist()) for y in (0, 16))
+    assert tuple(rows) == (top, middle)
 
 
 @pytest.mark.parametrize('crop_mode', ['rrc', 'none'])

@@ -298,6 +298,28 @@ def test_real_labels(own_photos, trained, tmp_path, train):
         RealLabels('imagenet', ['a.jpg'])
 
 
+@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
+def test_compiled_models_learn_the_same(backend, photos, tmp_path, train):
+    """With averaged weights, and under the same names."""
+    losses, keys = [], []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        output = tmp_path / f'compiled {compiled}'
+        changes = {'model__compile': compiled, 'model__compile_backend': backend, 'ema__decay': 0.5}
+        assert train(settings(photos, output, schedule__epochs=2, **changes))[0] == 0
+        assert bool(torch._dynamo.utils.counters['stats']['unique_graphs']) == compiled
+        losses.append([float(row['train_loss']) for row in csv.DictReader((output / 'metrics.csv').open())])
+        keys.append(load_file(output / 'best' / 'model.safetensors').keys())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert keys[0] == keys[1]
+    status, _, errors = train(
+        settings(photos, tmp_path / 'run', model__compile=True, model__compile_backend='induktor')
+    )
+    assert status == 1
+    assert errors == ["error: model.compile_backend: unknown backend 'induktor' (did you mean 'inductor'?)"]
+
+
 def test_dry_run(photos, tmp_path, train):
     arguments = settings(photos, tmp_path / 'run', schedule__epochs=4, optim__accumulate=2, ema__decay=0.9)
     status, text, errors = train([*arguments, '--dry-run'])
