@@ -5,6 +5,7 @@ average, mixing the kernels of every sample, and a convolution with kernels that
 """
 
 import functools
+import itertools
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
@@ -216,23 +217,25 @@ def run(options: Namespace) -> None:
     threads = options.threads or ([1, 2] if options.device == 'cpu' else [torch.get_num_threads()])
     counts = layers()
     results: list[Result] = []
-    for count in threads:
-        torch.set_num_threads(count)
-        for batch in batches:
-            for layout in options.layouts:
-                for direction in DIRECTIONS:
-                    setting = (batch, count, layout, direction)
-                    for layer, occurrences in counts.items():
-                        modules = {peer: make_module(peer, layer) for peer in (OURS, PEER, STATIC, FLOOR)}
-                        shape = (batch, layer.in_channels, layer.size, layer.size)
-                        results += measure_modules(modules, shape, layer.name, occurrences, setting, options)
-                    show_layers(results, counts, setting)
-                    networks = {peer: make_network(peer) for peer in (OURS, PEER, STATIC)}
-                    results += measure_modules(networks, (batch, 3, SIZE, SIZE), MODEL, 1, setting, options)
-                    show_network(results, setting)
     settings = {'batches': batches, 'threads': threads, 'layouts': options.layouts, 'rounds': options.rounds}
     name = options.name or f'dynamic_conv_{options.device}'
-    report.save(name, options.device, settings, results, options.output)
+
+    def keep() -> None:  # at once: training a whole network on large batches may be too much for the memory
+        report.save(name, options.device, settings, results, options.output)
+
+    for setting in itertools.product(batches, threads, options.layouts, DIRECTIONS):
+        batch, count, _, _ = setting
+        torch.set_num_threads(count)
+        for layer, occurrences in counts.items():
+            modules = {peer: make_module(peer, layer) for peer in (OURS, PEER, STATIC, FLOOR)}
+            shape = (batch, layer.in_channels, layer.size, layer.size)
+            results += measure_modules(modules, shape, layer.name, occurrences, setting, options)
+        show_layers(results, counts, setting)
+        keep()
+        networks = {peer: make_network(peer) for peer in (OURS, PEER, STATIC)}
+        results += measure_modules(networks, (batch, 3, SIZE, SIZE), MODEL, 1, setting, options)
+        show_network(results, setting)
+        keep()
 
 
 def measure_modules(
