@@ -37,7 +37,7 @@ class Interrupted(Exception):
 def train(images, tmp_path_factory):
     """Trains a model for a short epoch; returns it, with the loss of all batches before and after in `losses`.
 
-    With `interrupt` a second epoch follows in another run, resumed from what the first left, with its losses.
+    With `interrupt` two more epochs follow in another run, resumed from what the first left, with their losses.
     """
     from ultralytics import YOLO
 
@@ -68,7 +68,7 @@ def train(images, tmp_path_factory):
             return model
         model.add_callback('on_model_save', stop)
         with pytest.raises(Interrupted):
-            model.train(**settings, epochs=2)
+            model.train(**settings, epochs=3)
         resumed = load(folder / 'run' / 'weights' / 'last.pt')
         resumed.train(resume=True)
         return resumed
