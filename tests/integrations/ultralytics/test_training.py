@@ -74,7 +74,9 @@ def test_exports_compute_the_same(family, variant, trained):
     torch.manual_seed(0)
     for module in model.model.modules():
         if isinstance(module, blocks.DCNv4):  # a short training leaves the offsets next to zero
-            torch.nn.init.normal_(module.offset_mask.weight, std=0.3)
+            # Most of it in the bias: masks that grow with the map make a network in which rounding errors grow too.
+            torch.nn.init.normal_(module.offset_mask.weight, std=0.02)
+            torch.nn.init.normal_(module.offset_mask.bias, std=0.5)
     plain = copy.deepcopy(model.model).float().eval()
     x = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
