@@ -42,8 +42,6 @@ class ModelConfig:
     """compile the model with torch.compile"""
     compile_backend: str = 'inductor'
     """what torch.compile makes of it, a name of torch.compiler.list_backends()"""
-    compile_mode: Literal['default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs'] | None = None
-    """what inductor tries: less overhead of small operations, or more kernels to choose from"""
     sync_bn: bool = False
     """take the statistics of batch norms over all processes; on GPUs"""
     head_only: bool = False

@@ -154,15 +154,13 @@ def compile_model(model: nn.Module, config: ModelConfig) -> None:
     """Has torch.compile take the model's calls from now on; its names and weights stay as they are.
 
     Raises:
-        TrainError: if there is no such backend, or it does not take a mode.
+        TrainError: if there is no such backend.
     """
     backend = config.compile_backend
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise TrainError(f'model.compile_backend: unknown backend {backend!r}{nearest(backend, known)}')
-    if config.compile_mode is not None and backend != 'inductor':
-        raise TrainError(f'model.compile_mode is for the backend inductor, got {backend}', usage=True)
-    model.compile(backend=backend, mode=config.compile_mode)
+    model.compile(backend=backend)
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig, lr: float) -> torch.optim.Optimizer:
