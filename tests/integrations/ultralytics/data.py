@@ -52,27 +52,38 @@ def describe(folder: Path, names: dict[int, str], **extra: object) -> str:
 
 
 def draw(folder: Path, split: str, index: int, task: str, rng: np.random.Generator) -> None:
-    """One image with one rectangle, red or blue, and its label."""
-    kind = int(rng.integers(len(COLOURS)))
+    """One image with red or blue rectangles, one in each quarter, and their labels; to classify, all of one colour.
+
+    Four, since the loss is per unit of what predictions and boxes agree on, but of at least one unit in all: with a
+    single box an untrained network agrees on less, and its loss is small.
+    """
     pixels = rng.integers(0, 60, (SIZE, SIZE, 3), dtype=np.uint8)
-    left, top = rng.integers(0, SIZE // 2, 2)
-    width, height = rng.integers(SIZE // 4, SIZE // 2, 2)
-    pixels[top : top + height, left : left + width] = list(COLOURS.values())[kind]
+    kinds = rng.integers(len(COLOURS), size=4)
     if task == 'classify':
-        path = folder / split / list(COLOURS)[kind] / f'{index}.jpg'
+        kinds[:] = kinds[0]
+    labels = []
+    for quarter, kind in enumerate(kinds):
+        left, top = rng.integers(0, SIZE // 8, 2) + SIZE // 2 * np.array(divmod(quarter, 2))
+        width, height = rng.integers(SIZE // 4, SIZE // 8 * 3, 2)
+        pixels[top : top + height, left : left + width] = list(COLOURS.values())[kind]
+        labels.append([kind, *shape_of(task, *(number / SIZE for number in (left, top, width, height)))])
+    if task == 'classify':
+        path = folder / split / list(COLOURS)[kinds[0]] / f'{index}.jpg'
     else:
         path = folder / 'images' / split / f'{index}.jpg'
-        x, y, w, h = (number / SIZE for number in (left, top, width, height))
-        corners = [x, y, x + w, y, x + w, y + h, x, y + h]
-        box = [x + w / 2, y + h / 2, w, h]
-        numbers = {
-            'detect': box,
-            'segment': corners,
-            'obb': corners,
-            'pose': box + [value for i in range(4) for value in (*corners[2 * i : 2 * i + 2], 2)],
-        }[task]
         label = folder / 'labels' / split / f'{index}.txt'
         label.parent.mkdir(parents=True, exist_ok=True)
-        label.write_text(' '.join(map(str, [kind, *numbers])) + '\n')
+        label.write_text(''.join(' '.join(map(str, numbers)) + '\n' for numbers in labels))
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
+
+
+def shape_of(task: str, x: float, y: float, w: float, h: float) -> list[float]:
+    """A rectangle as the labels of a task describe it."""
+    corners = [x, y, x + w, y, x + w, y + h, x, y + h]
+    box = [x + w / 2, y + h / 2, w, h]
+    if task in ('segment', 'obb'):
+        return corners
+    if task == 'pose':
+        return box + [value for i in range(4) for value in (*corners[2 * i : 2 * i + 2], 2)]
+    return box
