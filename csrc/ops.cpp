@@ -4,6 +4,9 @@
 
 #include "dcnv4.h"
 #include "deform_attn.h"
+#ifndef DCNZOO_CUDA
+#include "cpu/mixed_kernels.h"
+#endif
 
 #ifdef DCNZOO_CUDA
 #define DCNZOO_DEVICE CUDA
@@ -18,6 +21,9 @@ STABLE_TORCH_LIBRARY_IMPL(dcnzoo, DCNZOO_DEVICE, m) {
   m.impl("dcnv4_backward", TORCH_BOX(&dcnzoo::dcnv4_backward));
   m.impl("deform_attn", TORCH_BOX(&dcnzoo::deform_attn));
   m.impl("deform_attn_backward", TORCH_BOX(&dcnzoo::deform_attn_backward));
+#ifndef DCNZOO_CUDA
+  m.impl("mixed_kernels", TORCH_BOX(&dcnzoo::mixed_kernels));
+#endif
 }
 
 // setuptools makes Windows' linker export this of every extension. Nothing calls it: the library is loaded as such, so

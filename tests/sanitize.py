@@ -29,6 +29,7 @@ TESTS = [
     'tests/ops/test_deform_attn_properties.py',
     'tests/ops/test_native_cpu.py',
     'tests/ops/test_native_deform_attn.py',
+    'tests/layers/test_dynamic_conv.py',
 ]
 LEFT_OUT = 'compile or opcheck'  # these start compilers, whose own processes cannot be preloaded
 OPTIONS = ['-q', '-x', '--capture=sys', '-p', 'no:cacheprovider']

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import dynamic_conv2d
-from ..ops._dynamic_conv import pad_same, symmetric_padding
+from ..ops._dynamic_conv import pad_same, routed_conv2d, serves_routed, symmetric_padding
 from ._geometry import check_groups, check_map, check_positive, pair
 
 torch.fx.wrap('check_map')
@@ -225,7 +225,29 @@ class DynamicConv2d(nn.Module):
         Raises:
             ValueError: The input has another shape, or is too small for the kernel.
         """
-        return self.cond_conv(x, self.shares(x))
+        if torch.jit.is_scripting():
+            return self.cond_conv(x, self.shares(x))
+        else:
+            return self._forward(x)
+
+    @torch.jit.unused
+    def _forward(self, x: Tensor) -> Tensor:
+        bank, routing = self.cond_conv, self.routing
+        if not (_are_plain(bank, routing) and serves_routed(x, bank.weight)):
+            return bank(x, self.shares(x))
+        check_map(x, 'N, C, H, W', bank.in_channels)
+        return routed_conv2d(
+            x,
+            bank.weight,
+            (routing.weight, routing.bias),
+            self.temperature,
+            self.softmax,
+            bank.kernel_size,
+            bank.stride,
+            bank.padding,
+            bank.dilation,
+            bank.groups,
+        )
 
     def fuse(self) -> nn.Module:
         """What computes the same with a plain convolution, where there is but one expert; otherwise the module itself.
@@ -254,6 +276,19 @@ class DynamicConv2d(nn.Module):
                 conv.bias.copy_(bank.bias[0])
         plain = self.softmax and not bank.same_padding
         return conv if plain else GatedConv2d(conv, self).train(self.training)
+
+
+def _are_plain(bank: CondConv2d, routing: nn.Module) -> bool:
+    """Whether calls of the two do nothing but one convolution and one linear map, so that their parameters say all."""
+    return (
+        type(routing) is nn.Linear
+        and type(bank) is CondConv2d
+        and bank.bias is None
+        and not bank.same_padding
+        and not (routing._forward_hooks or routing._forward_pre_hooks)
+        and not (bank._forward_hooks or bank._forward_pre_hooks)
+        and not nn.modules.module._has_any_global_hook()
+    )
 
 
 class GatedConv2d(nn.Module):

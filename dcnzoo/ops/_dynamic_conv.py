@@ -10,8 +10,8 @@ from torch._jit_internal import BroadcastingList2
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ._dcnv4 import _is_int, _pair, output_size
-from ._library import exporting
-from ._linear import batched_linear, gains
+from ._library import chosen_backend, exporting, missing
+from ._linear import batched_linear, gains, is_plain_call
 
 _AXES = {'x': '(N, C, H, W)', 'weight': '(E, Cout * C / groups * kh * kw)', 'routing': '(N, E)', 'bias': '(E, Cout)'}
 
@@ -93,6 +93,58 @@ def _dynamic_conv2d(x, weight, routing, bias, kernel_size, stride, padding, dila
     return _convolve(*arguments)
 
 
+def serves_routed(x: Tensor, weight: Tensor) -> bool:
+    """Whether `routed_conv2d` takes these: one sample, without gradients, where compiled operators are there and chosen."""
+    return (
+        not torch.is_grad_enabled()
+        and is_plain_call(x, weight)
+        and x.shape[0] == 1
+        and x.numel() > 0
+        and not torch.jit.is_tracing()
+        and chosen_backend(x.device) in (None, 'native')
+        and missing('native') is None
+    )
+
+
+def routed_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    routing: tuple[Tensor, Tensor | None],
+    temperature: float,
+    softmax: bool,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """A dynamic convolution with its routing, for inference: `serves_routed` says where.
+
+    What a single sample is convolved with takes a few microseconds, of which most went into calls.
+
+    Args:
+        x: Input, (1, C, H, W).
+        weight: Kernels of the E experts, (E, Cout * C / groups * kh * kw).
+        routing: Weight, (E, C), and bias, (E,) or None, of the linear map from x's average to the experts' logits.
+        temperature: Divides the logits.
+        softmax: Whether the shares of the experts are the logits' softmax, otherwise their sigmoid.
+        kernel_size: Size of the kernels.
+        stride: Step of the output grid in pixels of the input.
+        padding: Rows and columns of zeros around the input.
+        dilation: Distance of the kernel's taps in pixels.
+        groups: Number of groups of channels that are convolved apart.
+
+    Returns:
+        The output, (1, Cout, Ho, Wo).
+    """
+    _check_fit(x, kernel_size, stride, padding, dilation)
+    kernels = _mixed_kernels(x, *routing, weight, temperature, softmax)
+    return _convolve_mixed(x, kernels, None, kernel_size, stride, padding, dilation, groups)
+
+
+_mixed_kernels = torch.ops.dcnzoo.mixed_kernels.default
+
+
 def pad_same(x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
     """Pads (N, C, H, W) with zeros such that a convolution has ceil(H / stride) rows; an odd row goes below."""
     height, width = x.shape[2], x.shape[3]
@@ -147,15 +199,15 @@ def _convolve(
     return torch.cat(outs)
 
 
-def _multiplies_singly(x, weight, kernel_size, stride, padding, groups) -> bool:
+def _multiplies_singly(x, kernels, kernel_size, stride, padding, groups) -> bool:
     """Whether these are products of matrices that `linear` computes faster than PyTorch, which batches all of them."""
     n, threads = x.shape[0], _threads()
     if n < 1 or torch.jit.is_tracing() or not _is_matrix_product(kernel_size, padding, groups):
         return False
-    products = (x.shape[2] // stride[0]) * (x.shape[3] // stride[1]) * weight.shape[1]
+    products = (x.shape[2] // stride[0]) * (x.shape[3] // stride[1]) * kernels.shape[1]
     if n > 1 and threads > 1:  # they share out one product, or more easily a batch of them
         products //= 2 * threads
-    return gains(x, weight, products)
+    return gains(x, kernels, products)
 
 
 def _mix(routing: Tensor, weight: Tensor) -> Tensor:
@@ -171,18 +223,18 @@ def _mix(routing: Tensor, weight: Tensor) -> Tensor:
     return torch.matmul(routing, weight)
 
 
-def _multiply_singly(x, weight, routing, bias, stride) -> Tensor:
+def _multiply_singly(x, kernels, biases, stride) -> Tensor:
     """One product per sample of its kernel and its pixels."""
     n, channels = x.shape[0], x.shape[1]
     channels_last = _is_channels_last(x)
     if stride[0] > 1 or stride[1] > 1:
         x = x[:, :, :: stride[0], :: stride[1]]
     height, width = x.shape[2], x.shape[3]
-    kernels = _mix(routing, weight).view(n, -1, channels)
+    kernels = kernels.view(n, -1, channels)
     pixels = x.permute(0, 2, 3, 1).flatten(1, 2) if channels_last else x.flatten(2).transpose(1, 2)
     out = batched_linear(pixels, kernels) if channels_last else batched_linear(kernels, pixels)
-    if bias is not None:
-        out = out + torch.matmul(routing, bias).unsqueeze(1 if channels_last else 2)
+    if biases is not None:
+        out = out + biases.unsqueeze(1 if channels_last else 2)
     if channels_last:
         return out.view(n, height, width, -1).permute(0, 3, 1, 2)
     return out.view(n, -1, height, width)
@@ -252,18 +304,30 @@ def _convolve_together(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """Mixes the kernels of all samples, then convolves them by one operation, or by one each where that is faster."""
-    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles whatever stands behind an `and`
-        if _multiplies_singly(x, weight, kernel_size, stride, padding, groups):
-            return _multiply_singly(x, weight, routing, bias, stride)
-    n, channels = x.shape[0], x.shape[1]
-    taps = kernel_size[0] * kernel_size[1]
-    channels_last = _is_channels_last(x)
-    kernels = _mix(routing, weight)
-    out_channels = weight.shape[1] * groups // (channels * taps)
     biases: Tensor | None = None
     if bias is not None:
         biases = torch.matmul(routing, bias)
+    return _convolve_mixed(x, _mix(routing, weight), biases, kernel_size, stride, padding, dilation, groups)
+
+
+def _convolve_mixed(
+    x: Tensor,
+    kernels: Tensor,
+    biases: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Convolves all samples, each with its kernel, by one operation, or by one each where that is faster."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles whatever stands behind an `and`
+        if _multiplies_singly(x, kernels, kernel_size, stride, padding, groups):
+            return _multiply_singly(x, kernels, biases, stride)
+    n, channels = x.shape[0], x.shape[1]
+    taps = kernel_size[0] * kernel_size[1]
+    channels_last = _is_channels_last(x)
+    out_channels = kernels.shape[1] * groups // (channels * taps)
 
     if _is_matrix_product(kernel_size, padding, groups):
         if stride[0] > 1 or stride[1] > 1:

@@ -3,6 +3,7 @@
 Schemas are defined here, once, so that the operators exist without a compiler. Behind one name the dispatcher finds the
 compiled kernel of the tensor's device where its library was built, else Triton's on a GPU, else the reference. Every
 operator has a twin, suffixed `_triton`, which is always Triton's: `use_backend` chooses it beside a native one.
+`mixed_kernels` alone has kernels for CPUs only; who calls it has made sure that they are there.
 """
 
 import contextlib
@@ -37,6 +38,9 @@ library = torch.library.Library('dcnzoo', 'DEF')
 for _name, _schema in _SCHEMAS.items():
     for _suffix in ('', '_triton'):
         library.define(_name + _suffix + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+library.define(
+    'mixed_kernels(Tensor x, Tensor weight, Tensor? bias, Tensor experts, float temperature, bool softmax) -> Tensor'
+)
 
 _REINSTALL = 'pip install --no-build-isolation --no-deps --force-reinstall .'
 

@@ -78,17 +78,19 @@ def gains(x: Tensor, weight: Tensor, products: int) -> bool:
         weight: The other.
         products: Multiplications of numbers in one product of matrices.
     """
+    return _GAINS and products >= _WORTH_IT and torch.backends.mkldnn.enabled and is_plain_call(x, weight)
+
+
+def is_plain_call(x: Tensor, weight: Tensor) -> bool:
+    """Whether float32 tensors on a CPU are computed with at once, with nobody who looks on or changes what happens."""
     return (
-        _GAINS
-        and not torch.compiler.is_compiling()
-        and products >= _WORTH_IT
+        not torch.compiler.is_compiling()
         and type(x) in _PLAIN
         and type(weight) in _PLAIN
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
         and x.is_cpu
         and weight.is_cpu
-        and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled('cpu')
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
@@ -105,11 +107,12 @@ def _cpu_gains() -> bool:
 
 
 _GAINS = _cpu_gains()
+_linear_pointwise = torch.ops.mkldnn._linear_pointwise.default if _GAINS else None
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`; the weight may be a transposed view."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+    return _linear_pointwise(x, weight, bias, 'none', [], '')
 
 
 class _Linear(torch.autograd.Function):
@@ -154,6 +157,8 @@ class _BatchedLinear(torch.autograd.Function):
 
 
 def _batched_product(x: Tensor, weight: Tensor) -> Tensor:
+    if x.shape[0] == 1:
+        return _product(x, weight[0])
     return _stack(_product(*pair) for pair in zip(x.unbind(), weight.unbind(), strict=True))
 
 

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from dcnzoo.layers import CondConv2d, DynamicConv2d
 from dcnzoo.layers.dynamic_conv import GatedConv2d
+from dcnzoo.ops import _dynamic_conv, available_backends, use_backend
 
 
 def images(batch: int = 2, channels: int = 6, size: tuple[int, int] = (9, 8)) -> torch.Tensor:
@@ -53,6 +54,83 @@ def test_is_the_published_formula(routing, routing_activation, temperature):
         kernel = sum(shares[i, e] * bank.weight[e].view(4, 6, 3, 3) for e in range(4))
         bias = sum(shares[i, e] * bank.bias[e] for e in range(4))
         assert_close(layer(x)[i], nn.functional.conv2d(x[i], kernel, bias, padding=1))
+
+
+@pytest.mark.skipif('native' not in available_backends('cpu'), reason='the CPU library was not built')
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['contiguous', 'channels_last'])
+@pytest.mark.parametrize('channels, size', [(6, (9, 8)), (80, (7, 5)), (36, (40, 33)), (24, (1, 1))], ids=str)
+@pytest.mark.parametrize('num_experts', [1, 4, 7])
+@pytest.mark.parametrize('routing_activation, temperature', [('sigmoid', 1.0), ('softmax', 30.0)])
+def test_inference_on_one_sample(layout, channels, size, num_experts, routing_activation, temperature, mixings):
+    """One call of the compiled library does what five of PyTorch do."""
+    for kernel_size, stride, groups in ((1, 1, 1), (3, 2, 2), ((5, 3), 1, channels)):
+        layer = DynamicConv2d(
+            *(channels, channels, kernel_size, stride),
+            groups=groups,
+            num_experts=num_experts,
+            routing_activation=routing_activation,
+            temperature=temperature,
+        )
+        x = (3 + images(1, channels, size).float()).to(memory_format=layout)
+        for view in (x, x.expand(2, -1, -1, -1)[1:], torch.cat([x, x])[1:], x.flip(3), x.transpose(2, 3)):
+            with torch.no_grad():
+                out = layer(view)
+            with torch.no_grad(), use_backend('reference'):
+                expected = layer(view)
+            assert out.stride() == expected.stride()
+            assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert mixings.count == 3 * 5
+
+
+@pytest.fixture
+def mixings(monkeypatch):
+    """Counts the calls of the compiled library."""
+
+    class Counter:
+        count = 0
+
+        def __call__(self, *arguments):
+            self.count += 1
+            return torch.ops.dcnzoo.mixed_kernels.default(*arguments)
+
+    counter = Counter()
+    monkeypatch.setattr(_dynamic_conv, '_mixed_kernels', counter)
+    return counter
+
+
+def test_inference_respects_hooks_wrappers_and_gradients(mixings):
+    layer, x = DynamicConv2d(6, 4, 3), images(1).float()
+    expected = layer(x)
+    assert expected.requires_grad
+    seen = []
+    with torch.no_grad():
+        for module in (layer.routing, layer.cond_conv):
+            handles = [
+                module.register_forward_hook(lambda *_: seen.append('after')),
+                module.register_forward_pre_hook(lambda *_: seen.append('before')),
+            ]
+            for handle in handles:
+                assert_close(layer(x), expected)
+                handle.remove()
+        nn.modules.module.register_module_forward_hook(lambda *_: seen.append('global')).remove()
+        layer.routing = nn.Sequential(layer.routing)
+        assert_close(layer(x), expected)
+        with use_backend('reference'):
+            layer(x)
+        layer.double()(images(1))
+        layer(images(2))
+    assert seen == ['before', 'after', 'before'] * 2
+    assert mixings.count == 0
+
+
+def test_inference_refuses_what_does_not_fit():
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r'x must have shape \(N, 6, H, W\), got \[1, 5, 9, 8\]'):
+            DynamicConv2d(6, 4, 3)(torch.randn(1, 5, 9, 8))
+        with pytest.raises(ValueError, match='does not fit into an input of 2 x 2 pixels'):
+            DynamicConv2d(6, 4, 5, padding=0)(torch.randn(1, 6, 2, 2))
+        with pytest.raises(ValueError, match='x must have at least one row, column and channel'):
+            DynamicConv2d(6, 4, 1, padding=1)(torch.randn(1, 6, 0, 2))
 
 
 def test_keys_and_shapes():
