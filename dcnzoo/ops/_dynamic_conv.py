@@ -94,7 +94,7 @@ def _dynamic_conv2d(x, weight, routing, bias, kernel_size, stride, padding, dila
 
 
 def serves_routed(x: Tensor, weight: Tensor) -> bool:
-    """Whether `routed_conv2d` takes these: one sample, without gradients, where compiled operators are there and chosen."""
+    """Whether `routed_conv2d` takes these: one sample, no gradients, where compiled operators are there and chosen."""
     return (
         not torch.is_grad_enabled()
         and is_plain_call(x, weight)
