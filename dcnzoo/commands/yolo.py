@@ -71,13 +71,29 @@ def _run(arguments: list[str]) -> int:
 
 
 def _with_config(argument: str) -> str:
-    """Replaces model=VARIANT by the path of its configuration; other arguments stay."""
+    """Replaces model=VARIANT by the path of its configuration; other arguments stay.
+
+    Raises:
+        CommandError: if a checkpoint that is named does not exist, for which ultralytics would ask its server.
+    """
+    from ultralytics.utils.downloads import GITHUB_ASSETS_STEMS
+
     from ..integrations.ultralytics.configs import VARIANTS, config_by_name
     from ..integrations.ultralytics.registration import nearest
 
     key, _, value = argument.partition('=')
+    path = Path(value)
+    if (
+        key == 'model'
+        and path.suffix == '.pt'
+        and len(path.parts) > 1
+        and '://' not in value
+        and path.stem not in GITHUB_ASSETS_STEMS
+        and not path.exists()
+    ):
+        raise CommandError(f'model: there is no file {value}')
     name = value.removesuffix('.yaml').removesuffix('.pt')
-    if key != 'model' or Path(value).exists() or not re.fullmatch(r'yolov?\d+[^./]*(\+.*)?', name):
+    if key != 'model' or path.exists() or not re.fullmatch(r'yolov?\d+[^./]*(\+.*)?', name):
         return argument
     if '+' not in name and not nearest(name.partition('-')[2], VARIANTS):  # a misspelt one is meant too
         return argument

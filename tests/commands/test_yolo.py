@@ -84,6 +84,7 @@ def test_adopt(yolo, tmp_path):
         (('train', 'model=yolo11n-c3k2-dcnv5', 'data=x.yaml'), 1, "got 'c3k2-dcnv5'; did you mean c3k2-dcnv4"),
         (('train', 'model=yolo11q-dcnv4-head'), 1, "base must be .*, got 'yolo11q'; did you mean yolo11"),
         (('val', 'model=yolo11n-dcnv4-head.pt', 'data=x.yaml'), 1, r'model: there is no file yolo11n-dcnv4-head\.pt'),
+        (('predict', 'model=runs/none.pt', 'source=x.jpg'), 1, r'model: there is no file runs/none\.pt'),
         (('train', 'model=yolov8n-c3k2-dcnv4'), 1, 'yolov8n has no C3k2 to replace'),
         (('train', 'modle=x'), 1, 'modle'),
         (('models', 'yolov9'), 1, "base must be one of yolo11, .*, got 'yolov9'"),
