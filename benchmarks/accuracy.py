@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from . import report
 from .trainings import every, spread, train
 
-CONFIG = 'peers_flowers'
+CONFIG = 'flowers_atto'
 TAKE_NO_DROP_PATH = ('ghostnetv2_100',)
 NETWORKS = ['dcnv4_atto', 'convnext_atto', 'edgenext_small', 'ghostnetv2_100', 'mobilenetv3_large_100', 'resnet10t']
 
@@ -26,7 +26,7 @@ class Result:
 
 
 def measure(network: str, seed: int, options: Namespace) -> Result:
-    arguments = ['--model.name', network]
+    arguments = ['--model.name', network, '--health.every', 0]
     if network in TAKE_NO_DROP_PATH:
         arguments += ['--model.drop_path_rate', 'null']
     summary, last = train(CONFIG, network, seed, arguments, options)
