@@ -265,6 +265,21 @@ def _samples_at_once(
     return (n + parts - 1) // parts
 
 
+def _gains_from_groups(x: Tensor, out_channels: int, kernel_size: list[int], padding: list[int], groups: int) -> bool:
+    """Whether samples as groups of one convolution of contiguous maps, which is timm's way, are fastest on a CPU.
+
+    With output channels that are no multiple of 4 oneDNN multiplies matrices there, a sample per thread; with others it
+    takes kernels that groups make slow. The gradients of depthwise kernels take it longer in channels_last, but for
+    large maps, which would have to be copied.
+    """
+    if x.shape[0] <= 1 or x.device.type != 'cpu' or x.dtype != torch.float32 or _is_recorded():
+        return False
+    fits = not _is_channels_last(x) or (_is_trained(x) and x.shape[2] * x.shape[3] <= 1024)
+    if _is_matrix_product(kernel_size, padding, groups):
+        return fits and out_channels % 4 != 0
+    return fits and groups == x.shape[1] and kernel_size[0] * kernel_size[1] <= 9
+
+
 def _is_matrix_product(kernel_size: list[int], padding: list[int], groups: int) -> bool:
     return kernel_size[0] == 1 and kernel_size[1] == 1 and padding[0] == 0 and padding[1] == 0 and groups == 1
 
@@ -321,15 +336,16 @@ def _convolve_mixed(
     groups: int,
 ) -> Tensor:
     """Convolves all samples, each with its kernel, by one operation, or by one each where that is faster."""
-    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles whatever stands behind an `and`
-        if _multiplies_singly(x, kernels, kernel_size, stride, padding, groups):
-            return _multiply_singly(x, kernels, biases, stride)
     n, channels = x.shape[0], x.shape[1]
     taps = kernel_size[0] * kernel_size[1]
     channels_last = _is_channels_last(x)
     out_channels = kernels.shape[1] * groups // (channels * taps)
+    grouped = _gains_from_groups(x, out_channels, kernel_size, padding, groups)
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles whatever stands behind an `and`
+        if not grouped and _multiplies_singly(x, kernels, kernel_size, stride, padding, groups):
+            return _multiply_singly(x, kernels, biases, stride)
 
-    if _is_matrix_product(kernel_size, padding, groups):
+    if not grouped and _is_matrix_product(kernel_size, padding, groups):
         if stride[0] > 1 or stride[1] > 1:
             x = x[:, :, :: stride[0], :: stride[1]]
         height, width = x.shape[2], x.shape[3]
@@ -359,7 +375,7 @@ def _convolve_mixed(
     kernels = kernels.view(n * out_channels, channels // groups, kernel_size[0], kernel_size[1])
     if biases is not None:
         biases = biases.view(n * out_channels)
-    if channels_last and groups == channels:
+    if channels_last and groups == channels and not grouped:
         # Rows of n * channels values keep a depthwise convolution's fast layout: only whole pixels are moved.
         folded = x.permute(2, 3, 0, 1).reshape(1, x.shape[2], x.shape[3], n * channels).permute(0, 3, 1, 2)
     else:
