@@ -27,6 +27,8 @@ class Result:
 
 def measure(network: str, seed: int, options: Namespace) -> Result:
     arguments = ['--model.name', network, '--health.every', 0]
+    if options.epochs:  # the last sixth without mixing, as in the recipe
+        arguments += ['--augment.mix_off_epoch', options.epochs * 5 // 6]
     if network in TAKE_NO_DROP_PATH:
         arguments += ['--model.drop_path_rate', 'null']
     summary, last = train(CONFIG, network, seed, arguments, options)

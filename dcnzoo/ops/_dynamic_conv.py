@@ -250,15 +250,19 @@ def _samples_at_once(
     """
     n, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     taps, kernel = kernel_size[0] * kernel_size[1], weight.shape[1]
-    multiplies = _is_matrix_product(kernel_size, padding, groups)
-    if groups < channels and not multiplies and _is_channels_last(x):
-        return 1  # several would be copied to the other layout
     out_channels = kernel * groups // (channels * taps)
     values = max(channels * pixels, out_channels * (pixels // (stride[0] * stride[1])))
+    channels_last = _is_channels_last(x)
+    multiplies = _is_matrix_product(kernel_size, padding, groups)
+    copied = channels_last and not multiplies and not _gains_from_groups(x, out_channels, kernel_size, padding, groups)
+    if not copied and n * values <= 1 << 23 and n * kernel <= (1 << 23 if _is_trained(x) else 1 << 22):
+        return n
+    if groups < channels and not multiplies and channels_last:
+        return 1  # several would be copied to the other layout
     few = (3 << 19 if _is_trained(x) else 3 << 21) // values
     if multiplies:
         few = min(few, (1 << 21) // kernel)
-    elif taps > 9 and _is_channels_last(x) and _is_trained(x):
+    elif taps > 9 and channels_last and _is_trained(x):
         few = 2  # the time of the kernels' gradient grows with the square of the channels
     few = max(few, 2)
     parts = (n + few - 1) // few
@@ -274,7 +278,7 @@ def _gains_from_groups(x: Tensor, out_channels: int, kernel_size: list[int], pad
     """
     if x.shape[0] <= 1 or x.device.type != 'cpu' or x.dtype != torch.float32 or _is_recorded():
         return False
-    fits = not _is_channels_last(x) or (_is_trained(x) and x.shape[2] * x.shape[3] <= 1024)
+    fits = not _is_channels_last(x) or (_is_trained(x) and x.numel() <= 1 << 22)
     if _is_matrix_product(kernel_size, padding, groups):
         return fits and out_channels % 4 != 0
     return fits and groups == x.shape[1] and kernel_size[0] * kernel_size[1] <= 9

@@ -137,9 +137,12 @@ POINTWISE = {'kernel_size': 1, 'padding': 0}
 @pytest.mark.parametrize(
     ('case', 'inference', 'training'),
     [
-        (Case('wide', 5, 512, 1024, 3, 2, arguments=POINTWISE), (3, 3), (3, 3)),
-        (Case('narrow', 10, 64, 64, 56, 56, arguments=POINTWISE), (10, 10), (5, 5)),
-        (Case('large', 3, 8, 48, 128, 128, arguments={'groups': 4}), (3, 1), (2, 1)),
+        (Case('wide', 5, 512, 1024, 3, 2, arguments=POINTWISE), (5, 5), (5, 5)),
+        (Case('wider', 5, 512, 2048, 3, 2, arguments=POINTWISE), (2, 2), (5, 5)),
+        (Case('narrow', 10, 64, 64, 56, 56, arguments=POINTWISE), (10, 10), (10, 10)),
+        (Case('huge', 6, 64, 64, 160, 160, arguments=POINTWISE), (3, 3), (2, 2)),
+        (Case('not in fours', 10, 64, 62, 28, 28, arguments=POINTWISE), (10, 10), (10, 10)),
+        (Case('large', 3, 8, 48, 128, 128, arguments={'groups': 4}), (3, 1), (3, 1)),
         (Case('larger', 3, 48, 48, 256, 256, arguments={'groups': 48}), (2, 2), (2, 2)),
         (Case('small', 5, 6, 6, 9, 8, arguments={'groups': 6}), (5, 5), (5, 5)),
         (Case('5x5', 5, 6, 6, 9, 8, arguments={'groups': 6, 'kernel_size': 5, 'padding': 2}), (5, 5), (5, 2)),
