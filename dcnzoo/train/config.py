@@ -275,6 +275,9 @@ class RunConfig:
     """mixed precision; what accelerate was launched or configured with if not given"""
     cpu: bool = False
     """train on the CPU even if there is an accelerator"""
+    threads: int | None = None
+    """threads of each process on a CPU; all cores shared out if neither this, OMP_NUM_THREADS nor accelerate's
+    --num_cpu_threads_per_process is given"""
     processes: int | None = None
     """refuse to start unless this many processes take part"""
     log_every: int = 10
@@ -368,6 +371,7 @@ def check(config: Config) -> None:
         'health.rollbacks': (config.health.rollbacks, 0),
         'health.every': (config.health.every, 0),
         'run.seed': (config.run.seed, 0),
+        'run.threads': (config.run.threads, 1),
         'run.log_every': (config.run.log_every, 1),
         'run.val_every': (config.run.val_every, 1),
         'run.checkpoint_every': (config.run.checkpoint_every, 0),

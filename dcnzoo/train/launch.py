@@ -56,6 +56,8 @@ def build_accelerator(config: Config) -> Accelerator:
         raise TrainError(f'run.trackers: {missing[0]} is not installed; --run.trackers [] does without')
     if sharding is not None and accelerator.distributed_type != sharding:
         raise TrainError(f'{sharding.value} was asked for, but accelerate started {accelerator.distributed_type.value}')
+    if on_cpu:
+        set_threads(config.run.threads)
     asked = config.run.processes or launched_processes()
     if asked and asked != accelerator.num_processes:
         raise TrainError(
@@ -78,13 +80,46 @@ def make_deterministic(wanted: bool) -> None:
     torch.backends.cudnn.benchmark = not wanted
 
 
+def set_threads(wanted: int | None) -> None:
+    """Lets a process that trains on a CPU have its share of the cores, or as many threads as are wanted.
+
+    accelerate and torchrun give a process one thread, whatever the machine has, unless OMP_NUM_THREADS or an option
+    says otherwise.
+    """
+    command, environment = parent()
+    launched = is_accelerate(command) or any(word.endswith(('torchrun', 'torch.distributed.run')) for word in command)
+    if wanted is None and launched and 'OMP_NUM_THREADS' not in environment:
+        options = [word.partition('=')[0].replace('-', '_') for word in command]
+        if '__num_cpu_threads_per_process' not in options:
+            wanted = max(1, count_cores() // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+
+
+def count_cores() -> int:
+    """Cores of the machine, but no more than this process may run on."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return min(allowed, psutil.cpu_count(logical=False) or allowed)
+
+
+def parent() -> tuple[list[str], dict[str, str]]:
+    """Command line and environment of what started this process; empty where they cannot be read."""
+    try:
+        process = psutil.Process().parent()
+        return process.cmdline(), process.environ()
+    except (psutil.Error, AttributeError):
+        return [], {}
+
+
+def is_accelerate(command: list[str]) -> bool:
+    """Whether a command line is `accelerate launch`."""
+    return 'launch' in command and any('accelerate' in word for word in command)
+
+
 def launched_processes() -> int:
     """Processes that the launcher of this one was asked for; 0 if there is none, or it was not told a number."""
-    try:
-        command = psutil.Process().parent().cmdline()
-    except (psutil.Error, AttributeError):
-        command = []
-    if 'launch' in command and any('accelerate' in word for word in command):
+    command, _ = parent()
+    if is_accelerate(command):
         return asked_processes(command[command.index('launch') + 1 :])
     return int(os.environ.get('WORLD_SIZE', 0))
 

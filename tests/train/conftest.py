@@ -88,6 +88,7 @@ COMMANDS = {
     'accelerate launch train': [*LAUNCH, '--num_processes', '1', 'train'],
     'accelerate launch -m train': [*LAUNCH, '--num_processes', '1', '-m', 'train'],
     'accelerate launch -m dcnzoo.train': [*LAUNCH, '--num_processes', '1', '-m', 'dcnzoo.train'],
+    'accelerate launch, one thread': [*LAUNCH, '--num_processes', '1', '--num_cpu_threads_per_process', '1', 'train'],
     'accelerate launch, one for two': [*LAUNCH, '--num_processes', '2', '--cpu', 'train'],
     'accelerate launch, two': [*LAUNCH, '--num_processes', '2', '--multi_gpu', '--main_process_port', '0', 'train'],
     'torchrun, two': [
@@ -103,12 +104,13 @@ COMMANDS = {
 }
 
 
-def start(command, arguments, **kwargs):
-    """Starts one of COMMANDS as a process in the clone."""
+def start(command, arguments, environment=None, **kwargs):
+    """Starts one of COMMANDS as a process in the clone, on one thread or in another environment."""
+    environment = {'OMP_NUM_THREADS': '1'} if environment is None else environment
     return subprocess.Popen(
         [*COMMANDS[command], *(str(argument) for argument in arguments)],
         cwd=REPOSITORY,
-        env={**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1'},
+        env={**os.environ, 'ACCELERATE_USE_CPU': 'true', **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

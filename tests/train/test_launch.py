@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dcnzoo.train import launch
+
 from .conftest import finish, settings, start
 
 
@@ -32,6 +34,27 @@ def test_accelerate(command, photos, tmp_path):
     assert 'test_dcnv4' in text
     assert 'epoch 1/1' in text
     assert json.loads((tmp_path / 'run' / 'summary.json').read_text())['processes'] == 1
+
+
+@pytest.mark.skipif(launch.count_cores() < 2, reason='needs two cores')
+@pytest.mark.parametrize(
+    ('command', 'environment', 'options', 'threads'),
+    [
+        ('accelerate launch train', {}, [], launch.count_cores()),
+        ('accelerate launch train', {'OMP_NUM_THREADS': '1'}, [], 1),
+        ('accelerate launch train', {}, ['--run.threads', 1], 1),
+        ('accelerate launch, one thread', {}, [], 1),
+        ('accelerate launch, two', {}, [], launch.count_cores() // 2),
+        ('torchrun, two', {}, [], launch.count_cores() // 2),
+    ],
+)
+def test_threads_on_a_cpu(command, environment, options, threads, photos, tmp_path, monkeypatch):
+    """Launchers give a process one thread of their own accord, which nobody means who did not say so."""
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    arguments = settings(photos, tmp_path / 'run', data__batch_size=4)
+    status, text, errors = finish(start(command, [*arguments, '--dry-run', *options], environment=environment))
+    assert status == 0, errors
+    assert f' x cpu, {threads} threads each' in text
 
 
 @pytest.mark.parametrize(
