@@ -10,7 +10,7 @@ import torch
 from timm.layers import CondConv2d
 from torch import Tensor
 
-from dcnzoo.ops import _dynamic_conv, dynamic_conv2d, reference
+from dcnzoo.ops import _mixed_conv, dynamic_conv2d, reference
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
@@ -121,7 +121,7 @@ def test_output_and_gradients(case, dtype, channels_last):
 @pytest.mark.parametrize('few', [1, 2])
 @pytest.mark.parametrize('case', [case for case in CASES if case.batch > 1], ids=lambda case: case.name)
 def test_a_few_samples_at_a_time(case, few, channels_last, monkeypatch):
-    monkeypatch.setattr(_dynamic_conv, '_samples_at_once', lambda *_: few)
+    monkeypatch.setattr(_mixed_conv, '_samples_at_once', lambda *_: few)
     operands = [None if o is None else o.requires_grad_() for o in case.operands(channels_last=channels_last)]
     inputs = [o for o in operands if o is not None]
     output, expected = dynamic_conv2d(*operands, **case.geometry), case.expected(*operands)
@@ -155,7 +155,7 @@ def test_how_many_samples_at_a_time(case, inference, training, channels_last):
     sizes = [pair(case.geometry[name]) for name in ('kernel_size', 'stride', 'padding')]
     for expected in (inference, training):
         x.requires_grad_(expected is training)
-        assert _dynamic_conv._samples_at_once(x, weight, *sizes, case.geometry['groups']) == expected[channels_last]
+        assert _mixed_conv._samples_at_once(x, weight, *sizes, case.geometry['groups']) == expected[channels_last]
         output = dynamic_conv2d(x, weight, routing, bias, **case.geometry)
         assert error(output, case.expected(x, weight, routing, bias)) < TOLERANCE[torch.float32]
         assert output.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
