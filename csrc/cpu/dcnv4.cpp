@@ -9,6 +9,7 @@
 #include "../common.h"
 #include "capability.h"
 #include "kernels.h"
+#include "tensors.h"
 
 namespace dcnzoo {
 namespace {
@@ -20,10 +21,6 @@ View<const T> read(const Tensor& tensor) {
   return {
       static_cast<const T*>(tensor.const_data_ptr()),
       {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)}};
-}
-
-Tensor with_contiguous_channels(const Tensor& tensor) {
-  return tensor.stride(3) == 1 || tensor.size(3) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
 // Whether the vectorised kernels can address the map: int32 offsets in bytes, coordinates exact in float32. The backward
@@ -66,8 +63,6 @@ Kernels<V, O> choose_kernels(bool addressable) {
   return {portable::forward_pixels<V, O>, portable::backward_units<V, O>};
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 Tensor dcnv4(
@@ -78,8 +73,8 @@ Tensor dcnv4(
       value, offset_mask, groups, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
       offset_scale, remove_center, softmax);
   const Tensor packed_value = with_contiguous_channels(value), packed_offsets = with_contiguous_channels(offset_mask);
-  Tensor output = torch::stable::new_empty(
-      value, {geometry.batch, geometry.out_height, geometry.out_width, geometry.channels});
+  Tensor output = new_empty(
+      value, std::array{geometry.batch, geometry.out_height, geometry.out_width, geometry.channels});
   dispatch_types(value.scalar_type(), offset_mask.scalar_type(), [&](auto value_tag, auto offset_tag) {
     using V = typename decltype(value_tag)::type;
     using O = typename decltype(offset_tag)::type;
@@ -105,8 +100,9 @@ std::tuple<Tensor, Tensor> dcnv4_backward(
   check_grad_output(grad_output, value, geometry);
   const Tensor packed_grads = with_contiguous_channels(grad_output), packed_value = with_contiguous_channels(value);
   const Tensor packed_offsets = with_contiguous_channels(offset_mask);
-  Tensor grad_value = torch::stable::new_empty(value, value.sizes());
-  Tensor grad_offset_mask = torch::stable::new_empty(offset_mask, offset_mask.sizes());
+  Tensor grad_value = new_empty(value, std::array{geometry.batch, geometry.height, geometry.width, geometry.channels});
+  Tensor grad_offset_mask = new_empty(
+      offset_mask, std::array{geometry.batch, geometry.out_height, geometry.out_width, geometry.offset_mask_size});
   dispatch_types(value.scalar_type(), offset_mask.scalar_type(), [&](auto value_tag, auto offset_tag) {
     using V = typename decltype(value_tag)::type;
     using O = typename decltype(offset_tag)::type;

@@ -8,6 +8,7 @@
 
 #include "capability.h"
 #include "deform_attn_kernels.h"
+#include "tensors.h"
 
 namespace dcnzoo {
 namespace {
@@ -46,10 +47,6 @@ Kernels<V, O> choose_kernels(const Attention& sizes) {
   return {portable::attend<V, O>, portable::attend_backward<V, O>};
 }
 
-Tensor with_contiguous_channels(const Tensor& tensor) {
-  return tensor.stride(3) == 1 || tensor.size(3) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
 template <typename V, typename O>
 AttentionInput<V, O> read(
     const Attention& sizes, const Tensor& value, const Tensor& locations, const Tensor& weights) {
@@ -60,8 +57,6 @@ AttentionInput<V, O> read(
       static_cast<const O*>(weights.const_data_ptr())};
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 Tensor deform_attn(
@@ -70,7 +65,7 @@ Tensor deform_attn(
   const Attention sizes = check_attention(value, sampling_locations, attention_weights, spatial_shapes);
   const Tensor map = with_contiguous_channels(value), locations = torch::stable::contiguous(sampling_locations);
   const Tensor weights = torch::stable::contiguous(attention_weights);
-  Tensor output = torch::stable::new_empty(value, {sizes.batch, sizes.queries, sizes.heads * sizes.depth});
+  Tensor output = new_empty(value, std::array{sizes.batch, sizes.queries, sizes.heads * sizes.depth});
   dispatch_types(value.scalar_type(), locations.scalar_type(), [&](auto value_tag, auto other_tag) {
     using V = typename decltype(value_tag)::type;
     using O = typename decltype(other_tag)::type;

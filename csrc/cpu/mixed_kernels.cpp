@@ -4,16 +4,16 @@
 #include <cmath>
 #include <vector>
 
-#include <torch/csrc/stable/ops.h>
+#include "tensors.h"
 
 namespace dcnzoo {
 namespace {
 
+using namespace cpu;
+
 constexpr int64_t kLanes = 16;  // sums side by side, which the compiler makes vectors of
 constexpr int64_t kPixels = 512;  // of a map whose channels lie together, added up at a time
 constexpr int64_t kGrain = 32768;  // numbers that are worth a thread
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename F>
 float sum_over(int64_t count, const F& term) {
@@ -178,7 +178,7 @@ Tensor mixed_kernels(
   const std::vector<float> shares =
       find_shares(sums, batch, pixels, torch::stable::contiguous(weight), bias, temperature, softmax);
 
-  Tensor kernels = torch::stable::new_empty(x, {batch, size});
+  Tensor kernels = new_empty(x, std::array{batch, size});
   const Tensor bank = torch::stable::contiguous(experts);
   const float* rows = static_cast<const float*>(bank.const_data_ptr());
   float* mixed = static_cast<float*>(kernels.mutable_data_ptr());
