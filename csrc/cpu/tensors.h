@@ -14,13 +14,16 @@ namespace dcnzoo::cpu {
 // at every call, a tenth of what a call takes on a small map.
 template <size_t N>
 Tensor new_empty(const Tensor& like, const std::array<int64_t, N>& sizes) {
+  const auto check = [](AOTITorchError error) {  // the headers have a macro for it, of another name in each version
+    STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "a tensor could not be made");
+  };
   int32_t dtype, layout, device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  check(aoti_torch_get_dtype(like.get(), &dtype));
+  check(aoti_torch_get_layout(like.get(), &layout));
+  check(aoti_torch_get_device_type(like.get(), &device_type));
+  check(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
+  check(aoti_torch_aten_new_empty(
       like.get(), sizes.data(), N, &dtype, &layout, &device_type, device_index, nullptr, &tensor));
   return Tensor(tensor);
 }
