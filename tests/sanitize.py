@@ -34,7 +34,8 @@ TESTS = [
 LEFT_OUT = 'compile or opcheck'  # these start compilers, whose own processes cannot be preloaded
 OPTIONS = ['-q', '-x', '--capture=sys', '-p', 'no:cacheprovider']
 WHOLE = [*OPTIONS, '-k', f'not ({LEFT_OUT})', *TESTS]
-BRIEF = [*OPTIONS, '--hypothesis-profile=brief', '-k', 'native or threads or batch or images', *TESTS[2:4]]
+CHOSEN = 'native or threads or batch or images or inference'
+BRIEF = [*OPTIONS, '--hypothesis-profile=brief', '-k', CHOSEN, *TESTS[2:4], TESTS[-1]]
 
 
 def build(folder: Path) -> list[str]:

@@ -24,7 +24,13 @@ from timm.layers import (
     get_act_layer,
     make_divisible,
 )
-from timm.models import adapt_input_conv, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import (
+    adapt_input_conv,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_module,
+)
 from timm.models._efficientnet_blocks import SqueezeExcite
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -32,6 +38,9 @@ from torch import Tensor, nn
 from ..layers import DynamicConv2d
 from ._backbone import Backbone
 from ._builder import build_model_with_cfg
+
+# Whole in the graphs that timm records, as a layer computes one sample otherwise than its parts would.
+register_notrace_module(DynamicConv2d)
 
 __all__ = ['ParameterNet']
 

@@ -78,7 +78,8 @@ def gains(x: Tensor, weight: Tensor, products: int) -> bool:
         weight: The other.
         products: Multiplications of numbers in one product of matrices.
     """
-    return _GAINS and products >= _WORTH_IT and torch.backends.mkldnn.enabled and is_plain_call(x, weight)
+    # The last: while a graph is recorded, a size that is compared with something is no longer free.
+    return _GAINS and torch.backends.mkldnn.enabled and is_plain_call(x, weight) and products >= _WORTH_IT
 
 
 def is_plain_call(x: Tensor, weight: Tensor) -> bool:
