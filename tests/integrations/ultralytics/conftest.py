@@ -9,10 +9,10 @@ import torch
 
 from . import data
 
+SIZE = 64 if data.PHOTOS.is_dir() else 96  # boxes drawn on noise are small beside what photos show
+
 # Not AdamW: ultralytics' checkpoints hold the optimizer in half precision, where the squares of small gradients are
 # zero, and the first step after an interruption is then thousands of times too long.
-# Boxes drawn on noise are small beside what photos show.
-SIZE = 64 if data.PHOTOS.is_dir() else 96
 SETTINGS = dict(
     imgsz=SIZE, batch=4, device='cpu', workers=0, plots=False, verbose=False, optimizer='Adamax', lr0=2e-3, nbs=4
 ) | dict(warmup_epochs=0, mosaic=0, close_mosaic=0)
