@@ -276,8 +276,8 @@ class RunConfig:
     cpu: bool = False
     """train on the CPU even if there is an accelerator"""
     threads: int | None = None
-    """threads of each process on a CPU; all cores shared out if neither this, OMP_NUM_THREADS nor accelerate's
-    --num_cpu_threads_per_process is given"""
+    """threads of each process on a CPU; the cores that loading leaves, shared out, if neither this, OMP_NUM_THREADS nor
+    accelerate's --num_cpu_threads_per_process is given"""
     processes: int | None = None
     """refuse to start unless this many processes take part"""
     log_every: int = 10

@@ -57,7 +57,7 @@ def build_accelerator(config: Config) -> Accelerator:
     if sharding is not None and accelerator.distributed_type != sharding:
         raise TrainError(f'{sharding.value} was asked for, but accelerate started {accelerator.distributed_type.value}')
     if on_cpu:
-        set_threads(config.run.threads)
+        set_threads(config.run.threads, config.data.workers)
     asked = config.run.processes or launched_processes()
     if asked and asked != accelerator.num_processes:
         raise TrainError(
@@ -80,18 +80,19 @@ def make_deterministic(wanted: bool) -> None:
     torch.backends.cudnn.benchmark = not wanted
 
 
-def set_threads(wanted: int | None) -> None:
+def set_threads(wanted: int | None, workers: int) -> None:
     """Lets a process that trains on a CPU have its share of the cores, or as many threads as are wanted.
 
     accelerate and torchrun give a process one thread, whatever the machine has, unless OMP_NUM_THREADS or an option
-    says otherwise.
+    says otherwise. Its loading processes take up to half of the share: a thread without a core holds up all others.
     """
     command, environment = parent()
     launched = is_accelerate(command) or any(word.endswith(('torchrun', 'torch.distributed.run')) for word in command)
     if wanted is None and launched and 'OMP_NUM_THREADS' not in environment:
         options = [word.partition('=')[0].replace('-', '_') for word in command]
         if '__num_cpu_threads_per_process' not in options:
-            wanted = max(1, count_cores() // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+            share = count_cores() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+            wanted = max(1, share - min(workers, share // 2))
     if wanted is not None:
         torch.set_num_threads(wanted)
 

@@ -43,6 +43,7 @@ def test_accelerate(command, photos, tmp_path):
         ('accelerate launch train', {}, [], launch.count_cores()),
         ('accelerate launch train', {'OMP_NUM_THREADS': '1'}, [], 1),
         ('accelerate launch train', {}, ['--run.threads', 1], 1),
+        ('accelerate launch train', {}, ['--data.workers', 100], launch.count_cores() - launch.count_cores() // 2),
         ('accelerate launch, one thread', {}, [], 1),
         ('accelerate launch, two', {}, [], launch.count_cores() // 2),
         ('torchrun, two', {}, [], launch.count_cores() // 2),
