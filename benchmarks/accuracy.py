@@ -56,4 +56,4 @@ def run(options: Namespace) -> None:
     columns = ['network', 'parameters', 'top-1 per seed', 'top-1', 'best top-1', 'seconds', 'images per second']
     report.table(f'{CONFIG}, {len(options.seeds)} seeds, mean and standard deviation', columns, rows)
     settings = {'config': CONFIG, 'seeds': options.seeds, 'networks': networks, 'epochs': options.epochs}
-    report.save(options.name or 'accuracy', options.device, settings, results, options.output)
+    report.save(options.name or f'accuracy_{options.device}', options.device, settings, results, options.output)

@@ -1,3 +1,4 @@
+// The routing and mixing of dynamic convolution on CPU: sums over pixels, shares of the experts, and their sum.
 #include "mixed_kernels.h"
 
 #include <algorithm>
@@ -11,8 +12,8 @@ namespace {
 
 using namespace cpu;
 
-constexpr int64_t kLanes = 16;  // sums side by side, which the compiler makes vectors of
-constexpr int64_t kPixels = 512;  // of a map whose channels lie together, added up at a time
+constexpr int64_t kLanes = 16;     // sums side by side, which the compiler makes vectors of
+constexpr int64_t kPixels = 512;   // of a map whose channels lie together, added up at a time
 constexpr int64_t kGrain = 32768;  // numbers that are worth a thread
 
 template <typename F>

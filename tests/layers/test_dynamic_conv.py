@@ -112,14 +112,29 @@ def test_inference_respects_hooks_wrappers_and_gradients(mixings):
             for handle in handles:
                 assert_close(layer(x), expected)
                 handle.remove()
-        nn.modules.module.register_module_forward_hook(lambda *_: seen.append('global')).remove()
+        assert seen == ['before', 'after', 'before'] * 2
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: seen.append('global'))
+        assert_close(layer(x), expected)
+        handle.remove()
+        assert 'global' in seen
         layer.routing = nn.Sequential(layer.routing)
         assert_close(layer(x), expected)
         with use_backend('reference'):
             layer(x)
         layer.double()(images(1))
         layer(images(2))
-    assert seen == ['before', 'after', 'before'] * 2
+    assert mixings.count == 0
+
+
+def test_inference_respects_a_subclass_with_other_shares(mixings):
+    class Even(DynamicConv2d):
+        def shares(self, x):
+            return x.new_full((len(x), 4), 0.25)
+
+    layer, x = Even(6, 4, 3), images(1).float()
+    expected = nn.functional.conv2d(x, layer.cond_conv.weight.mean(0).view(4, 6, 3, 3), padding=1)
+    with torch.no_grad():
+        assert_close(layer(x), expected.detach())
     assert mixings.count == 0
 
 
