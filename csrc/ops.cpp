@@ -5,6 +5,7 @@
 #include "dcnv4.h"
 #include "deform_attn.h"
 #ifndef DCNZOO_CUDA
+#include "cpu/depthwise.h"
 #include "cpu/mixed_kernels.h"
 #endif
 
@@ -22,6 +23,8 @@ STABLE_TORCH_LIBRARY_IMPL(dcnzoo, DCNZOO_DEVICE, m) {
   m.impl("deform_attn", TORCH_BOX(&dcnzoo::deform_attn));
   m.impl("deform_attn_backward", TORCH_BOX(&dcnzoo::deform_attn_backward));
 #ifndef DCNZOO_CUDA
+  m.impl("depthwise", TORCH_BOX(&dcnzoo::depthwise));
+  m.impl("depthwise_backward", TORCH_BOX(&dcnzoo::depthwise_backward));
   m.impl("mixed_kernels", TORCH_BOX(&dcnzoo::mixed_kernels));
 #endif
 }

@@ -234,9 +234,11 @@ class DynamicConv2d(nn.Module):
     def _forward(self, x: Tensor) -> Tensor:
         bank, routing = self.cond_conv, self.routing
         as_published = self.shares.__func__ is DynamicConv2d.shares  # a subclass may predict them otherwise
-        if not (as_published and _are_plain(bank, routing) and serves_routed(x, bank.weight)):
+        if not (as_published and _are_plain(bank, routing)):
             return bank(x, self.shares(x))
         check_map(x, 'N, C, H, W', bank.in_channels)
+        if not serves_routed(x, bank.weight, bank.kernel_size, bank.stride, bank.padding, bank.groups):
+            return bank(x, self.shares(x))
         return routed_conv2d(
             x,
             bank.weight,

@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ._dcnv4 import _is_int, _pair, output_size
 from ._library import chosen_backend, exporting, missing
 from ._linear import is_plain_call
-from ._mixed_conv import convolve, convolve_mixed, sum_over_taps
+from ._mixed_conv import convolve, convolve_mixed, samples_at_once, sum_over_taps
 
 _AXES = {'x': '(N, C, H, W)', 'weight': '(E, Cout * C / groups * kh * kw)', 'routing': '(N, E)', 'bias': '(E, Cout)'}
 
@@ -93,16 +93,32 @@ def _dynamic_conv2d(x, weight, routing, bias, kernel_size, stride, padding, dila
     return convolve(*arguments)
 
 
-def serves_routed(x: Tensor, weight: Tensor) -> bool:
-    """Whether `routed_conv2d` takes these: one sample, no gradients, where compiled operators are there and chosen."""
+def serves_routed(
+    x: Tensor,
+    weight: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    groups: int,
+) -> bool:
+    """Whether `routed_conv2d` takes these: no gradients, where compiled operators are there and chosen.
+
+    And kernels that are small, for several samples, which are convolved at once.
+    """
     return (
         not torch.is_grad_enabled()
         and is_plain_call(x, weight)
-        and x.shape[0] == 1
         and x.numel() > 0
         and not torch.jit.is_tracing()
         and chosen_backend(x.device) in (None, 'native')
         and missing('native') is None
+        and (
+            x.shape[0] == 1
+            or (
+                weight.numel() <= _FEW_NUMBERS
+                and samples_at_once(x, weight, kernel_size, stride, padding, groups) == x.shape[0]
+            )
+        )
     )
 
 
@@ -120,10 +136,10 @@ def routed_conv2d(
 ) -> Tensor:
     """A dynamic convolution with its routing, for inference: `serves_routed` says where.
 
-    Routing and mixing for one sample take microseconds, of which most would go into calls.
+    Routing and mixing take microseconds there, of which most would go into calls.
 
     Args:
-        x: Input, (1, C, H, W).
+        x: Input, (N, C, H, W).
         weight: Kernels of the E experts, (E, Cout * C / groups * kh * kw).
         routing: Weight, (E, C), and bias, (E,) or None, of the linear map from x's average to the experts' logits.
         temperature: Divides the logits.
@@ -135,13 +151,14 @@ def routed_conv2d(
         groups: Number of groups of channels that are convolved apart.
 
     Returns:
-        The output, (1, Cout, Ho, Wo).
+        The output, (N, Cout, Ho, Wo).
     """
     _check_fit(x, kernel_size, stride, padding, dilation)
     kernels = _mixed_kernels(x, *routing, weight, temperature, softmax)
     return convolve_mixed(x, kernels, None, kernel_size, stride, padding, dilation, groups)
 
 
+_FEW_NUMBERS = 1 << 16  # of experts that the library reads anew for every sample
 _mixed_kernels = torch.ops.dcnzoo.mixed_kernels.default
 
 

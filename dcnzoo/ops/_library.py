@@ -3,7 +3,7 @@
 Schemas are defined here, once, so that the operators exist without a compiler. Behind one name the dispatcher finds the
 compiled kernel of the tensor's device where its library was built, else Triton's on a GPU, else the reference. Every
 operator has a twin, suffixed `_triton`, which is always Triton's: `use_backend` chooses it beside a native one.
-`mixed_kernels` alone has kernels for CPUs only; who calls it has made sure that they are there.
+What dynamic convolution has beside these are kernels for CPUs only; who calls them has made sure that they are there.
 """
 
 import contextlib
@@ -20,10 +20,8 @@ import torch
 
 BACKENDS = ('native', 'triton', 'reference')
 
-_GEOMETRY = (
-    'int groups, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w, '
-    'int dilation_h, int dilation_w, float offset_scale, bool remove_center, bool softmax'
-)
+_WINDOW = 'int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w'
+_GEOMETRY = f'int groups, {_WINDOW}, float offset_scale, bool remove_center, bool softmax'
 _ATTENTION = 'Tensor value, Tensor sampling_locations, Tensor attention_weights, SymInt[] spatial_shapes'
 _SCHEMAS = {
     'dcnv4': f'(Tensor value, Tensor offset_mask, {_GEOMETRY}) -> Tensor',
@@ -38,9 +36,12 @@ library = torch.library.Library('dcnzoo', 'DEF')
 for _name, _schema in _SCHEMAS.items():
     for _suffix in ('', '_triton'):
         library.define(_name + _suffix + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-library.define(
-    'mixed_kernels(Tensor x, Tensor weight, Tensor? bias, Tensor experts, float temperature, bool softmax) -> Tensor'
-)
+for _schema in (
+    'mixed_kernels(Tensor x, Tensor weight, Tensor? bias, Tensor experts, float temperature, bool softmax) -> Tensor',
+    f'depthwise(Tensor x, Tensor kernels, {_WINDOW}) -> Tensor',
+    f'depthwise_backward(Tensor grad_output, Tensor x, Tensor kernels, {_WINDOW}) -> (Tensor, Tensor)',
+):
+    library.define(_schema)
 
 _REINSTALL = 'pip install --no-build-isolation --no-deps --force-reinstall .'
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dcnv4 import output_size
+from ._depthwise import depthwise, serves_depthwise
 from ._linear import batched_linear, gains
 
 
@@ -27,7 +28,7 @@ def convolve(
     """Convolves a few samples after another where that keeps what it works on in the caches, otherwise all at once."""
     n, few = x.shape[0], x.shape[0]
     if n > 1 and x.device.type == 'cpu' and not _is_recorded():
-        few = _samples_at_once(x, weight, kernel_size, stride, padding, groups)
+        few = samples_at_once(x, weight, kernel_size, stride, padding, groups)
     if n <= few:
         return _convolve_together(x, weight, routing, bias, kernel_size, stride, padding, dilation, groups)
     outs: list[Tensor] = []
@@ -70,7 +71,10 @@ def convolve_mixed(
     channels_last = _is_channels_last(x)
     out_channels = kernels.shape[1] * groups // (channels * taps)
     grouped = _gains_from_groups(x, out_channels, kernel_size, padding, groups)
-    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles whatever stands behind an `and`
+    if not torch.jit.is_scripting():  # TorchScript compiles whatever stands behind an `and`
+        if out_channels == channels and serves_depthwise(x, kernels, groups):
+            out = depthwise(x, kernels, kernel_size, stride, padding, dilation)
+            return out if biases is None else out + biases[:, :, None, None]
         if not grouped and _multiplies_singly(x, kernels, kernel_size, stride, padding, groups):
             return _multiply_singly(x, kernels, biases, stride)
 
@@ -149,13 +153,15 @@ def _multiplies_singly(x, kernels, kernel_size, stride, padding, groups) -> bool
     n, threads = x.shape[0], _threads()
     if n < 1 or torch.jit.is_tracing() or not _is_matrix_product(kernel_size, padding, groups):
         return False
+    if n > 1 and (kernels.shape[1] < 1 << 17 or _is_channels_last(x) or _is_trained(x)):
+        return False  # PyTorch's batch of products is as fast, and one call
     products = (x.shape[2] // stride[0]) * (x.shape[3] // stride[1]) * kernels.shape[1]
     if n > 1 and threads > 1:  # they share out one product, or more easily a batch of them
         products //= 2 * threads
     return gains(x, kernels, products)
 
 
-def _samples_at_once(
+def samples_at_once(
     x: Tensor, weight: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], groups: int
 ) -> int:
     """How many samples to convolve at a time on a CPU, chosen by measurement with the layers of ParameterNet.
@@ -166,6 +172,9 @@ def _samples_at_once(
     n, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     taps, kernel = kernel_size[0] * kernel_size[1], weight.shape[1]
     out_channels = kernel * groups // (channels * taps)
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript
+        if out_channels == channels and serves_depthwise(x, weight, groups):
+            return n
     values = max(channels * pixels, out_channels * (pixels // (stride[0] * stride[1])))
     channels_last = _is_channels_last(x)
     multiplies = _is_matrix_product(kernel_size, padding, groups)
@@ -177,8 +186,6 @@ def _samples_at_once(
     few = (3 << 19 if _is_trained(x) else 3 << 21) // values
     if multiplies:
         few = min(few, (1 << 21) // kernel)
-    elif taps > 9 and channels_last and _is_trained(x):
-        few = 2  # the time of the kernels' gradient grows with the square of the channels
     few = max(few, 2)
     parts = (n + few - 1) // few
     return (n + parts - 1) // parts
@@ -187,15 +194,15 @@ def _samples_at_once(
 def _gains_from_groups(x: Tensor, out_channels: int, kernel_size: list[int], padding: list[int], groups: int) -> bool:
     """Whether samples as groups of one convolution of contiguous maps, which is timm's way, are fastest on a CPU.
 
-    With output channels that are no multiple of 4 oneDNN multiplies matrices there, a sample per thread; with others it
-    takes kernels that groups make slow. The gradients of depthwise kernels take it longer in channels_last, but for
-    large maps, which would have to be copied.
+    They are for small depthwise kernels, whose gradients take longer in channels_last, but for large maps, which would
+    have to be copied; and for products with output channels that are no multiple of 4, but not for their gradients.
     """
     if x.shape[0] <= 1 or x.device.type != 'cpu' or x.dtype != torch.float32 or _is_recorded():
         return False
-    fits = not _is_channels_last(x) or (_is_trained(x) and x.numel() <= 1 << 22)
+    channels_last, trained = _is_channels_last(x), _is_trained(x)
     if _is_matrix_product(kernel_size, padding, groups):
-        return fits and out_channels % 4 != 0
+        return not channels_last and not trained and out_channels % 4 != 0
+    fits = not channels_last or (trained and x.numel() <= 1 << 22)
     return fits and groups == x.shape[1] and kernel_size[0] * kernel_size[1] <= 9
 
 

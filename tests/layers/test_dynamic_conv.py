@@ -82,6 +82,27 @@ def test_inference_on_one_sample(layout, channels, size, num_experts, routing_ac
     assert mixings.count == 3 * 5
 
 
+@pytest.mark.skipif('native' not in available_backends('cpu'), reason='the CPU library was not built')
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['contiguous', 'channels_last'])
+@pytest.mark.parametrize('channels, size', [(6, (9, 8)), (80, (7, 5)), (24, (1, 1)), (40, (300, 300))], ids=str)
+def test_inference_on_several_samples(layout, channels, size, mixings):
+    """The same for small kernels that all samples are convolved with at once."""
+    layer = DynamicConv2d(channels, channels, 3, groups=channels)
+    x = (3 + images(3, channels, size).float()).to(memory_format=layout)
+    with torch.no_grad():
+        out = layer(x)
+    with torch.no_grad(), use_backend('reference'):
+        expected = layer(x)
+    assert out.is_contiguous(memory_format=layout)
+    assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    at_once = size != (300, 300) or layout is torch.channels_last
+    assert mixings.count == at_once
+    with torch.no_grad():
+        large = DynamicConv2d(channels, 2**14 // channels + 1, 1)
+        large(x[:, :, :2, :2])
+    assert mixings.count == at_once
+
+
 @pytest.fixture
 def mixings(monkeypatch):
     """Counts the calls of the compiled library."""
@@ -122,7 +143,6 @@ def test_inference_respects_hooks_wrappers_and_gradients(mixings):
         with use_backend('reference'):
             layer(x)
         layer.double()(images(1))
-        layer(images(2))
     assert mixings.count == 0
 
 

@@ -1,0 +1,86 @@
+"""Depthwise convolution with kernels of each sample's own, by the compiled library, for channels_last maps on a CPU.
+
+PyTorch convolves so only with the samples side by side as channels, which moves every value before and after.
+"""
+
+import torch
+from torch import Tensor
+
+from ._library import chosen_backend, missing
+from ._linear import is_plain_call
+
+_convolve = torch.ops.dcnzoo.depthwise.default
+_backward = torch.ops.dcnzoo.depthwise_backward.default
+
+
+def serves_depthwise(x: Tensor, kernels: Tensor, groups: int) -> bool:
+    """Whether `depthwise` takes these: a kernel for every channel, where the library is there and chosen.
+
+    Args:
+        x: Maps, (N, C, H, W).
+        kernels: The samples' kernels, (N, K), or anything of their dtype and device.
+        groups: Number of groups of channels that are convolved apart.
+    """
+    return (
+        groups == x.shape[1]
+        and is_plain_call(x, kernels)
+        and not torch.jit.is_tracing()
+        and x.stride(1) == 1
+        and not x.is_contiguous()
+        # One sample is an ordinary convolution, of which only the gradients are slower.
+        and (x.shape[0] > 1 or (torch.is_grad_enabled() and x.requires_grad))
+        and x.numel() > 0
+        and chosen_backend(x.device) in (None, 'native')
+        and missing('native') is None
+    )
+
+
+def depthwise(
+    x: Tensor, kernels: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    """Convolves every channel of every sample with a kernel of its own; `serves_depthwise` says where.
+
+    Args:
+        x: Maps, (N, C, H, W), channels_last.
+        kernels: Kernels, (N, C * kh * kw).
+        kernel_size: Size of the kernels.
+        stride: Step of the output grid in pixels of the input.
+        padding: Rows and columns of zeros around the maps.
+        dilation: Distance of the kernel's taps in pixels.
+
+    Returns:
+        The output, (N, C, Ho, Wo), channels_last.
+    """
+    window = (*kernel_size, *stride, *padding, *dilation)
+    recorded = torch.is_grad_enabled() and (x.requires_grad or kernels.requires_grad)
+    pixels = x.permute(0, 2, 3, 1)
+    out = _Depthwise.apply(pixels, kernels, window) if recorded else _convolve(pixels, kernels, *window)
+    return out.permute(0, 3, 1, 2)
+
+
+class _Depthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pixels, kernels, window):
+        ctx.save_for_backward(pixels, kernels)
+        ctx.window = window
+        return _convolve(pixels, kernels, *window)
+
+    @staticmethod
+    def backward(ctx, grad):
+        operands = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return *_backward(grad, *operands, *ctx.window), None
+        wanted = [operand for operand, needed in zip(operands, ctx.needs_input_grad, strict=False) if needed]
+        found = torch.autograd.grad(_compose(*operands, *ctx.window), wanted, grad, create_graph=True)
+        found = iter(found)
+        return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None
+
+
+def _compose(pixels, kernels, kernel_h, kernel_w, *geometry) -> Tensor:
+    """The same of operations that can be differentiated as often as one likes."""
+    n, height, width, channels = pixels.shape
+    stride, padding, dilation = geometry[:2], geometry[2:4], geometry[4:]
+    maps = pixels.permute(0, 3, 1, 2).reshape(1, n * channels, height, width)
+    kernels = kernels.view(n * channels, 1, kernel_h, kernel_w)
+    out = torch.nn.functional.conv2d(maps, kernels, None, stride, padding, dilation, n * channels)
+    return out.view(n, channels, *out.shape[2:]).permute(0, 2, 3, 1)
