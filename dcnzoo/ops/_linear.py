@@ -164,8 +164,12 @@ def _batched_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-    """`grad.T @ x`, in the weight's layout, else with the smaller one first, for oneDNN copies that."""
-    if weight.stride(0) == 1 or x.shape[1] <= grad.shape[1]:
+    """`grad.T @ x`, or the transposed product: the one for which fewer numbers are moved.
+
+    oneDNN copies a first operand that is transposed, and a result in another layout than the weight's is copied later.
+    """
+    transposed = weight.stride(0) == 1
+    if x.numel() + (0 if transposed else weight.numel()) <= grad.numel() + (weight.numel() if transposed else 0):
         return _product(x.t(), grad.t()).t()
     return _product(grad.t(), x.t())
 
