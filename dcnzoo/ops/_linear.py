@@ -5,8 +5,6 @@ instruction set alone: with AVX-512 it is twice as fast there. PyTorch offers th
 `mkldnn::_linear_pointwise`.
 """
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,7 +45,7 @@ def _linear(x, weight, bias):
 
 
 def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Computes `x @ weight.transpose(1, 2)` by oneDNN, where `gains` says so.
+    """Computes `x @ weight.transpose(1, 2)` by oneDNN, where `gains` says so and no gradients are asked for.
 
     Args:
         x: Inputs, (N, rows, in_features).
@@ -56,8 +54,9 @@ def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         The outputs, (N, rows, out_features).
     """
-    recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return _BatchedLinear.apply(x, weight) if recorded else _batched_product(x, weight)
+    if x.shape[0] == 1:
+        return _product(x, weight[0])
+    return torch.stack([_product(*pair) for pair in zip(x.unbind(), weight.unbind(), strict=True)])
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -131,54 +130,14 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight if again else _product(grad, weight.t())
         if ctx.needs_input_grad[1]:
-            grad_weight = grad_rows.t() @ rows if again else _weight_gradient(rows, grad_rows, weight)
+            grad_weight = grad_rows.t() @ rows if again else _weight_gradient(rows, grad_rows)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(0)
         return grad_x, grad_weight, grad_bias
 
 
-class _BatchedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return _batched_product(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad_x = grad_weight = None
-        if torch.is_grad_enabled():  # to be differentiated once more
-            return grad @ weight, grad.transpose(1, 2) @ x
-        if ctx.needs_input_grad[0]:
-            grad_x = _batched_product(grad, weight.transpose(1, 2))
-        if ctx.needs_input_grad[1]:
-            triples = zip(x.unbind(), grad.unbind(), weight.unbind(), strict=True)
-            grad_weight = _stack(_weight_gradient(*triple) for triple in triples)
-        return grad_x, grad_weight
-
-
-def _batched_product(x: Tensor, weight: Tensor) -> Tensor:
-    if x.shape[0] == 1:
-        return _product(x, weight[0])
-    return _stack(_product(*pair) for pair in zip(x.unbind(), weight.unbind(), strict=True))
-
-
-def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-    """`grad.T @ x`, or the transposed product: the one for which fewer numbers are moved.
-
-    oneDNN copies a first operand that is transposed, and a result in another layout than the weight's is copied later.
-    """
-    transposed = weight.stride(0) == 1
-    if x.numel() + (0 if transposed else weight.numel()) <= grad.numel() + (weight.numel() if transposed else 0):
+def _weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    """`grad.T @ x`, with the smaller one first, for oneDNN copies that."""
+    if x.shape[1] <= grad.shape[1]:
         return _product(x.t(), grad.t()).t()
     return _product(grad.t(), x.t())
-
-
-def _stack(parts: Iterable[Tensor]) -> Tensor:
-    """Stacks matrices of one layout, and keeps it."""
-    parts = list(parts)
-    if len(parts) == 1:
-        return parts[0].unsqueeze(0)
-    if parts[0].stride(0) == 1:
-        return torch.stack([part.t() for part in parts]).transpose(1, 2)
-    return torch.stack(parts)

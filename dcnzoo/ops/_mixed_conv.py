@@ -3,8 +3,6 @@
 TorchScript compiles `convolve`, so that a traced or scripted module chooses anew for every input.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,7 +50,7 @@ def _convolve_together(
     biases: Tensor | None = None
     if bias is not None:
         biases = torch.matmul(routing, bias)
-    return convolve_mixed(x, _mix(routing, weight), biases, kernel_size, stride, padding, dilation, groups)
+    return convolve_mixed(x, torch.matmul(routing, weight), biases, kernel_size, stride, padding, dilation, groups)
 
 
 def convolve_mixed(
@@ -78,7 +76,9 @@ def convolve_mixed(
         if not grouped and _multiplies_singly(x, kernels, kernel_size, stride, padding, groups):
             return _multiply_singly(x, kernels, biases, stride)
 
-    if not grouped and _is_matrix_product(kernel_size, padding, groups):
+    # PyTorch's convolution of one large sample has faster gradients than its product of matrices.
+    alone = n == 1 and _is_trained(x) and x.shape[2] * x.shape[3] * kernels.shape[1] >= 1 << 23
+    if not grouped and not alone and _is_matrix_product(kernel_size, padding, groups):
         if stride[0] > 1 or stride[1] > 1:
             x = x[:, :, :: stride[0], :: stride[1]]
         height, width = x.shape[2], x.shape[3]
@@ -135,26 +135,15 @@ def _multiply_singly(x, kernels, biases, stride) -> Tensor:
     return out.view(n, -1, height, width)
 
 
-def _mix(routing: Tensor, weight: Tensor) -> Tensor:
-    """The samples' kernels, (N, E) @ (E, K) -> (N, K).
-
-    For one sample BLAS reads the experts, which is all there is to it, with a single thread: give each a part of them.
-    """
-    if routing.shape[0] == 1 and weight.device.type == 'cpu' and weight.numel() >= 1 << 17:
-        parts = math.gcd(_threads(), weight.shape[1])
-        if parts > 1:
-            experts = weight.view(weight.shape[0], parts, -1).transpose(0, 1)
-            return torch.matmul(routing, experts).view(1, -1)
-    return torch.matmul(routing, weight)
-
-
 def _multiplies_singly(x, kernels, kernel_size, stride, padding, groups) -> bool:
     """Whether these are products of matrices that `linear` computes faster than PyTorch, which batches all of them."""
     n, threads = x.shape[0], _threads()
     if n < 1 or torch.jit.is_tracing() or not _is_matrix_product(kernel_size, padding, groups):
         return False
-    if n > 1 and (kernels.shape[1] < 1 << 17 or _is_channels_last(x) or _is_trained(x)):
-        return False  # PyTorch's batch of products is as fast, and one call
+    if torch.is_grad_enabled() and (x.requires_grad or kernels.requires_grad):
+        return False
+    if n > 1 and (kernels.shape[1] < 1 << 17 or _is_channels_last(x)):
+        return False  # a batch of products is as fast, and one call
     products = (x.shape[2] // stride[0]) * (x.shape[3] // stride[1]) * kernels.shape[1]
     if n > 1 and threads > 1:  # they share out one product, or more easily a batch of them
         products //= 2 * threads

@@ -161,25 +161,6 @@ def test_how_many_samples_at_a_time(case, inference, training, channels_last):
         assert output.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-@pytest.fixture
-def two_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize('kernel_size', [1, 3])
-def test_threads_share_the_experts_of_one_sample(two_threads, kernel_size):
-    case = Case('one', 1, 128, 300, 5, 4, bias=True, arguments={'kernel_size': kernel_size, 'padding': 0})
-    operands = [operand.requires_grad_() for operand in case.operands()]
-    output, expected = dynamic_conv2d(*operands, **case.geometry), case.expected(*operands)
-    assert error(output, expected) < 1e-12
-    gradients, wanted = (torch.autograd.grad(out.square().sum(), operands) for out in (output, expected))
-    for gradient, want in zip(gradients, wanted, strict=True):
-        assert error(gradient, want) < 1e-12
-
-
 @pytest.mark.parametrize('name', ['plain', 'pointwise_bias', 'depthwise_stride', 'one_sample', 'groups'])
 def test_second_derivatives(name):
     original = BY_NAME[name]
