@@ -76,8 +76,10 @@ def convolve_mixed(
         if not grouped and _multiplies_singly(x, kernels, kernel_size, stride, padding, groups):
             return _multiply_singly(x, kernels, biases, stride)
 
-    # PyTorch's convolution of one large sample has faster gradients than its product of matrices.
-    alone = n == 1 and _is_trained(x) and x.shape[2] * x.shape[3] * kernels.shape[1] >= 1 << 23
+    # PyTorch's convolution of one large sample has faster gradients than its product of matrices. The size comes last:
+    # while a graph is recorded, one that is compared with something is no longer free.
+    alone = n == 1 and _is_trained(x) and not _is_recorded()
+    alone = alone and x.shape[2] * x.shape[3] * kernels.shape[1] >= 1 << 23
     if not grouped and not alone and _is_matrix_product(kernel_size, padding, groups):
         if stride[0] > 1 or stride[1] > 1:
             x = x[:, :, :: stride[0], :: stride[1]]

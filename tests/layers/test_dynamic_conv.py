@@ -237,6 +237,17 @@ def test_transformations(kernel_size, groups, padding, routing_activation):
                 assert_close(jit_traced(x), layer(x))
 
 
+@pytest.mark.parametrize('batch', [1, 2])
+@pytest.mark.parametrize(('kernel_size', 'groups'), [(1, 1), (3, 64)])
+def test_exports_any_size_with_gradients(batch, kernel_size, groups):
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), DynamicConv2d(64, 64, kernel_size, groups=groups))
+    sizes = {2: torch.export.Dim('height', min=8, max=2048), 3: torch.export.Dim('width', min=8, max=2048)}
+    exported = torch.export.export(model, (torch.randn(batch, 3, 64, 64),), dynamic_shapes=(sizes,)).module()
+    for size in ((20, 30), (64, 64), (9, 300)):
+        x = torch.randn(batch, 3, *size)
+        assert_close(exported(x), model(x))
+
+
 def test_autocast_trains():
     layer = DynamicConv2d(6, 8, 3, bias=True)
     with torch.autocast('cpu', dtype=torch.bfloat16):
