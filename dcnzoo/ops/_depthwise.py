@@ -22,9 +22,9 @@ def serves_depthwise(x: Tensor, kernels: Tensor, groups: int) -> bool:
         groups: Number of groups of channels that are convolved apart.
     """
     return (
-        groups == x.shape[1]
-        and is_plain_call(x, kernels)
+        is_plain_call(x, kernels)  # first: while a graph is recorded, sizes are not to be compared
         and not torch.jit.is_tracing()
+        and groups == x.shape[1]
         and x.stride(1) == 1
         and not x.is_contiguous()
         # One sample is an ordinary convolution, of which only the gradients are slower.

@@ -70,7 +70,7 @@ def convolve_mixed(
     out_channels = kernels.shape[1] * groups // (channels * taps)
     grouped = _gains_from_groups(x, out_channels, kernel_size, padding, groups)
     if not torch.jit.is_scripting():  # TorchScript compiles whatever stands behind an `and`
-        if out_channels == channels and serves_depthwise(x, kernels, groups):
+        if serves_depthwise(x, kernels, groups) and out_channels == channels:
             out = depthwise(x, kernels, kernel_size, stride, padding, dilation)
             return out if biases is None else out + biases[:, :, None, None]
         if not grouped and _multiplies_singly(x, kernels, kernel_size, stride, padding, groups):
@@ -164,7 +164,7 @@ def samples_at_once(
     taps, kernel = kernel_size[0] * kernel_size[1], weight.shape[1]
     out_channels = kernel * groups // (channels * taps)
     if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript
-        if out_channels == channels and serves_depthwise(x, weight, groups):
+        if serves_depthwise(x, weight, groups) and out_channels == channels:
             return n
     values = max(channels * pixels, out_channels * (pixels // (stride[0] * stride[1])))
     channels_last = _is_channels_last(x)
