@@ -29,13 +29,14 @@ TESTS = [
     'tests/ops/test_deform_attn_properties.py',
     'tests/ops/test_native_cpu.py',
     'tests/ops/test_native_deform_attn.py',
+    'tests/ops/test_depthwise.py',
     'tests/layers/test_dynamic_conv.py',
 ]
 LEFT_OUT = 'compile or opcheck'  # these start compilers, whose own processes cannot be preloaded
 OPTIONS = ['-q', '-x', '--capture=sys', '-p', 'no:cacheprovider']
 WHOLE = [*OPTIONS, '-k', f'not ({LEFT_OUT})', *TESTS]
-CHOSEN = 'native or threads or batch or images or inference'
-BRIEF = [*OPTIONS, '--hypothesis-profile=brief', '-k', CHOSEN, *TESTS[2:4], TESTS[-1]]
+CHOSEN = 'native or threads or batch or images or inference or geometry'
+BRIEF = [*OPTIONS, '--hypothesis-profile=brief', '-k', CHOSEN, *TESTS[2:4], *TESTS[-2:]]
 
 
 def build(folder: Path) -> list[str]:
