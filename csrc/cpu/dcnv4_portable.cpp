@@ -1,14 +1,4 @@
-// DCNv4 for every other processor: plain C++ that the compiler vectorises.
-#include <cmath>
-
+// DCNv4 for every other processor.
+#define DCNZOO_KERNELS "dcnv4_simd.h"
 #include "kernels.h"
-
-namespace dcnzoo::cpu::portable {
-namespace {
-#include "simd_generic.h"
-
-template <typename V>
-using VectorFor = GenericVector<Accumulator<V>, 16 / sizeof(Accumulator<V>)>;
-}  // namespace
-#include "dcnv4_simd.h"
-}  // namespace dcnzoo::cpu::portable
+#include "portable.h"

@@ -1,18 +1,4 @@
-// Multi-scale deformable attention for every other processor: plain C++ that the compiler vectorises.
-#include <cmath>
-
+// Multi-scale deformable attention for every other processor.
+#define DCNZOO_KERNELS "deform_attn_simd.h"
 #include "deform_attn_kernels.h"
-
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 sees some where lanes are written one by one
-#endif
-
-namespace dcnzoo::cpu::portable {
-namespace {
-#include "simd_generic.h"
-
-template <typename V>
-using VectorFor = GenericVector<Accumulator<V>, 16 / sizeof(Accumulator<V>)>;
-}  // namespace
-#include "deform_attn_simd.h"
-}  // namespace dcnzoo::cpu::portable
+#include "portable.h"

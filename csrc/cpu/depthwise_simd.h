@@ -98,6 +98,9 @@ struct Correlator {
   // `taps` neighbours of the kernel over the output's columns [begin, end) of a row.
   template <int64_t taps>
   DCNZOO_INLINE void correlate(int64_t row, int64_t source, int64_t tap, int64_t begin, int64_t end) const {
+    if (begin >= end) {
+      return;
+    }
     const Side &rows = call.rows, &columns = call.columns;
     const int64_t channels = call.channels, tap_w = tap % columns.kernel;
     const float* grads =
