@@ -273,6 +273,8 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
 
 def _end_loading() -> None:
     """Ends what is left of the loading processes: Python would send them SIGTERM, and wait."""
+    if hasattr(signal, 'SIGCHLD'):  # PyTorch's handler would report them as failed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

@@ -349,5 +349,6 @@ def test_unknown_policy(photos):
 def test_a_run_ends_though_its_loaders_still_wait_to_be_collected(photos, tmp_path):
     program = 'import gc, sys; gc.disable(); from dcnzoo.train.main import main; sys.exit(main(sys.argv[1:]))'
     arguments = settings(photos, tmp_path / 'run', data__workers=1, schedule__epochs=1)
-    result = subprocess.run([sys.executable, '-c', program, *arguments], stderr=subprocess.PIPE, timeout=120)
+    result = subprocess.run([sys.executable, '-c', program, *arguments], stderr=subprocess.PIPE, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+    assert 'Traceback' not in result.stderr, result.stderr
