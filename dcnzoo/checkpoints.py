@@ -169,7 +169,9 @@ def _read_file(path: Path) -> dict:
             raise WeightsError(
                 f'{path} is refused: beside tensors it holds objects, and reading those could run any code: {unsafe}'
             ) from error
-        reason = ' '.join(str(error).split())[:200] or type(error).__name__
+        # PyTorch's own words, but not its advice to read the file without safety
+        reason = str(error).rpartition('WeightsUnpickler error:')[2].partition('Check the documentation')[0]
+        reason = ' '.join(reason.split())[:200] or type(error).__name__
         raise WeightsError(f'{path} is damaged, or no checkpoint: {reason}') from error
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
+from .cores import share_of_cores
 from .errors import TrainError
 
 MODES = ('resume', 'dry_run', 'eval')  # of one start, not of a run
@@ -72,8 +73,9 @@ class DataConfig:
     """training images per step and process"""
     val_batch_size: int | None = None
     """validation images per step and process; as for training if not given"""
-    workers: int = 4
-    """processes that load images, per training process; 0 loads in the training process itself"""
+    workers: int = field(default_factory=lambda: min(4, share_of_cores()))
+    """processes that load images, per training process, four or as many as it has cores if not given; 0 loads in the
+    training process itself"""
     prefetch: int = 2
     """batches that each of these processes prepares ahead"""
     mean: tuple[float, ...] | None = None

@@ -13,6 +13,7 @@ from accelerate.commands.config.config_args import default_config_file, load_con
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list
 
 from .config import Config
+from .cores import share_of_cores
 from .errors import TrainError
 
 SHARDED = {'ACCELERATE_USE_FSDP': DistributedType.FSDP, 'ACCELERATE_USE_DEEPSPEED': DistributedType.DEEPSPEED}
@@ -91,16 +92,10 @@ def set_threads(wanted: int | None, workers: int) -> None:
     if wanted is None and launched and 'OMP_NUM_THREADS' not in environment:
         options = [word.partition('=')[0].replace('-', '_') for word in command]
         if '__num_cpu_threads_per_process' not in options:
-            share = count_cores() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+            share = share_of_cores()
             wanted = max(1, share - min(workers, share // 2))
     if wanted is not None:
         torch.set_num_threads(wanted)
-
-
-def count_cores() -> int:
-    """Cores of the machine, but no more than this process may run on."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return min(allowed, psutil.cpu_count(logical=False) or allowed)
 
 
 def parent() -> tuple[list[str], dict[str, str]]:

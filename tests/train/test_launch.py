@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dcnzoo.train import launch
+from dcnzoo.train.cores import count_cores
 
 from .conftest import finish, settings, start
 
@@ -36,17 +36,17 @@ def test_accelerate(command, photos, tmp_path):
     assert json.loads((tmp_path / 'run' / 'summary.json').read_text())['processes'] == 1
 
 
-@pytest.mark.skipif(launch.count_cores() < 2, reason='needs two cores')
+@pytest.mark.skipif(count_cores() < 2, reason='needs two cores')
 @pytest.mark.parametrize(
     ('command', 'environment', 'options', 'threads'),
     [
-        ('accelerate launch train', {}, [], launch.count_cores()),
+        ('accelerate launch train', {}, [], count_cores()),
         ('accelerate launch train', {'OMP_NUM_THREADS': '1'}, [], 1),
         ('accelerate launch train', {}, ['--run.threads', 1], 1),
-        ('accelerate launch train', {}, ['--data.workers', 100], launch.count_cores() - launch.count_cores() // 2),
+        ('accelerate launch train', {}, ['--data.workers', 100], count_cores() - count_cores() // 2),
         ('accelerate launch, one thread', {}, [], 1),
-        ('accelerate launch, two', {}, [], launch.count_cores() // 2),
-        ('torchrun, two', {}, [], launch.count_cores() // 2),
+        ('accelerate launch, two', {}, [], count_cores() // 2),
+        ('torchrun, two', {}, [], count_cores() // 2),
     ],
 )
 def test_threads_on_a_cpu(command, environment, options, threads, photos, tmp_path, monkeypatch):
