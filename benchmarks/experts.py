@@ -61,4 +61,4 @@ def run(options: Namespace) -> None:
     columns = ['experts', 'parameters', 'top-1 per seed', 'top-1', 'best top-1', 'validation loss', 'training loss']
     report.table(f'{CONFIG}, {len(options.seeds)} seeds, mean and standard deviation', columns, rows)
     settings = {'config': CONFIG, 'seeds': options.seeds, 'experts': options.experts, 'epochs': options.epochs}
-    report.save(options.name or 'experts', options.device, settings, results, options.output)
+    report.save(options.name or f'experts_{options.device}', options.device, settings, results, options.output)
