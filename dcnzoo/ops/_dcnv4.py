@@ -1,5 +1,7 @@
 """DCNv4 aggregation: the public function, its checks, and its registration with PyTorch."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch._jit_internal import BroadcastingList2
@@ -32,7 +34,8 @@ def dcnv4(
 
     All but the two tensors are passed by keyword; sizes are ints or (height, width) pairs.
 
-    `torch.func.vmap` works as it is; `torch.func.grad` and others that differentiate need `use_backend('reference')`.
+    `torch.func.vmap` works as it is, and `torch.func.jvp` by the reference; `torch.func.grad` and others that go
+    backwards need `use_backend('reference')`.
 
     Args:
         value: Value map, (N, H, W, C), float64, float32, float16 or bfloat16. Any strides; fastest where the channels
@@ -148,8 +151,10 @@ def _check(value, offset_mask, groups, geometry, offset_scale, remove_center, so
         raise TypeError(f'groups must be an int, got {groups!r}')
     if not isinstance(offset_scale, (int, float)) or isinstance(offset_scale, bool):
         raise TypeError(f'offset_scale must be a number, got {offset_scale!r}')
+    if isinstance(offset_scale, float) and not math.isfinite(offset_scale):
+        raise ValueError(f'offset_scale must be finite, got {offset_scale!r}')
     for name, flag in (('remove_center', remove_center), ('softmax', softmax)):
-        if not isinstance(flag, (bool, int)):
+        if not isinstance(flag, (bool, int)) or flag not in (0, 1):
             raise TypeError(f'{name} must be a bool, got {flag!r}')
     for name, tensor, axes in (('value', value, '(N, H, W, C)'), ('offset_mask', offset_mask, '(N, Ho, Wo, P)')):
         if tensor.ndim != 4:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
 from ._library import library, missing, operator, warn_slow
@@ -29,9 +30,6 @@ def register(name: str, tensors: int, fake: Callable[..., Tensor]) -> None:
         warn_slow(arguments[0].device.type)
         return getattr(reference, name)(*arguments)
 
-    def serve_backward_slowly(*arguments):
-        return getattr(reference, f'{name}_backward')(*arguments[:-1])  # it is deterministic as it is
-
     def triton(function: str):
         # Importing the module imports the compiler, so only at first use.
         return lambda *arguments: getattr(importlib.import_module(f'{__package__}._triton_{name}'), function)(
@@ -39,12 +37,16 @@ def register(name: str, tensors: int, fake: Callable[..., Tensor]) -> None:
         )
 
     library.impl(name, serve_slowly, 'CompositeExplicitAutograd')
-    library.impl(f'{name}_backward', serve_backward_slowly, 'CompositeExplicitAutograd')
+    library.impl(f'{name}_backward', _reference_backward(name), 'CompositeExplicitAutograd')
     for function in (name, f'{name}_backward'):
         library.impl(f'{function}_triton', triton(function), 'CompositeExplicitAutograd')
         for device in ('cuda', 'xpu'):
             if missing('native', device) and not missing('triton', device):
                 library.impl(function, triton(function), device.upper())
+
+
+def _reference_backward(name: str) -> Callable[..., tuple]:
+    return lambda *arguments: getattr(reference, f'{name}_backward')(*arguments[:-1])  # it is deterministic as it is
 
 
 def _register_one(name: str, backend: str | None, tensors: int, fake: Callable[..., Tensor]) -> None:
@@ -67,8 +69,8 @@ def _register_one(name: str, backend: str | None, tensors: int, fake: Callable[.
 
     torch.library.register_fake(forward_op, fake, lib=library)
     torch.library.register_fake(backward_op, fake_backward, lib=library)
-    _register_autograd(forward_op, tensors, backward)
-    _register_autograd(backward_op, tensors + 1, double_backward)
+    _register_autograd(forward_op, tensors, backward, getattr(reference, name))
+    _register_autograd(backward_op, tensors + 1, double_backward, _reference_backward(name))
     torch.library.register_vmap(forward_op, _vmap_rule(forward_op, tensors), lib=library)
     torch.library.register_vmap(backward_op, _vmap_rule(backward_op, tensors + 1), lib=library)
     for key in ('AutocastCPU', 'AutocastCUDA', 'AutocastXPU', 'AutocastMPS'):
@@ -77,7 +79,9 @@ def _register_one(name: str, backend: str | None, tensors: int, fake: Callable[.
             library.impl(op, torch.library.fallthrough_kernel, key)
 
 
-def _register_autograd(op: torch._ops.OpOverload, tensors: int, backward: Callable[..., tuple]) -> None:
+def _register_autograd(
+    op: torch._ops.OpOverload, tensors: int, backward: Callable[..., tuple], composition: Callable
+) -> None:
     """Does what `torch.library.register_autograd` does, for operators without defaults or lists of tensors.
 
     That one looks through the whole schema at every call, which takes as long as the operator on a map of 7 x 7 pixels.
@@ -86,6 +90,7 @@ def _register_autograd(op: torch._ops.OpOverload, tensors: int, backward: Callab
         op: An operator that takes its tensors first.
         tensors: How many tensors it takes.
         backward: Computes their gradients from them, from the other arguments and from the outputs' gradients.
+        composition: Computes the same as the operator, for derivatives in forward mode.
     """
 
     def redispatch(keyset, *arguments):
@@ -105,10 +110,16 @@ def _register_autograd(op: torch._ops.OpOverload, tensors: int, backward: Callab
     function = type(op._opname, (torch.autograd.Function,), methods)
 
     def differentiate(keyset, *arguments):
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments[:tensors])):
+            return composition(*arguments)
         recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments[:tensors])
         return (function.apply if recorded else redispatch)(keyset, *arguments)
 
     library.impl(op, differentiate, 'Autograd', with_keyset=True)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:

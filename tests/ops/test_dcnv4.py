@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.autograd import forward_ad
 
 from dcnzoo import ops
 from dcnzoo.ops import available_backends, dcnv4, use_backend
@@ -195,6 +196,7 @@ BAD = [
     ('padding', {'padding': -1}, ValueError, 'padding must be at least 0, got -1'),
     ('dilation', {'dilation': '2'}, TypeError, "dilation must be an int.*got '2'"),
     ('offset_scale', {'offset_scale': '1'}, TypeError, "offset_scale must be a number, got '1'"),
+    ('offset_scale_nan', {'offset_scale': float('nan')}, ValueError, 'offset_scale must be finite, got nan'),
     (
         'remove_center',
         {'remove_center': True, 'kernel_size': 4},
@@ -202,6 +204,7 @@ BAD = [
         r'odd square kernel_size.*got kernel_size \(4, 4\)',
     ),
     ('softmax', {'softmax': 'yes'}, TypeError, "softmax must be a bool, got 'yes'"),
+    ('remove_center_number', {'remove_center': 2}, TypeError, 'remove_center must be a bool, got 2'),
 ]
 
 
@@ -300,6 +303,22 @@ def test_vmap(backend, in_dims):
             tensor if dim is None else tensor.select(dim, i) for tensor, dim in zip(stacks, in_dims, strict=True)
         ]
         assert error(mapped[i], dcnv4(*operands, groups=2)) < 1e-6
+
+
+def test_forward_mode(backend):
+    operands, tangents = (PLAIN.operands()[:2] for _ in range(2))
+
+    def function(value, offset_mask):
+        return dcnv4(value, offset_mask, **PLAIN.geometry)
+
+    with use_backend('reference'):
+        expected = torch.func.jvp(function, operands, tangents)
+    for result, right in zip(torch.func.jvp(function, operands, tangents), expected, strict=True):
+        assert right.any()
+        assert error(result, right) < 1e-12
+    with forward_ad.dual_level():
+        dual = function(*map(forward_ad.make_dual, operands, tangents))
+        assert error(forward_ad.unpack_dual(dual).tangent, expected[1]) < 1e-12
 
 
 def test_function_transforms_on_the_reference():

@@ -308,3 +308,11 @@ def test_vmap(backend, in_dims):
     for i in range(3):
         single = [tensor if dim is None else tensor.select(dim, i) for tensor, dim in zip(stacks, in_dims, strict=True)]
         assert error(mapped[i], Module()(*single)) < 1e-6
+
+
+def test_forward_mode(backend):
+    operands, tangents = (tuple(PLAIN.operands()[:3]) for _ in range(2))
+    with use_backend('reference'):
+        expected = torch.func.jvp(Module(), operands, tangents)[1]
+    assert expected.any()
+    assert error(torch.func.jvp(Module(), operands, tangents)[1], expected) < 1e-12
