@@ -233,11 +233,13 @@ class DynamicConv2d(nn.Module):
     @torch.jit.unused
     def _forward(self, x: Tensor) -> Tensor:
         bank, routing = self.cond_conv, self.routing
-        as_published = self.shares.__func__ is DynamicConv2d.shares  # a subclass may predict them otherwise
+        # A subclass, or a function set on the instance, may predict them otherwise.
+        as_published = getattr(self.shares, '__func__', None) is DynamicConv2d.shares
         if not (as_published and _are_plain(bank, routing)):
             return bank(x, self.shares(x))
         check_map(x, 'N, C, H, W', bank.in_channels)
-        if not serves_routed(x, bank.weight, bank.kernel_size, bank.stride, bank.padding, bank.groups):
+        served = serves_routed(x, bank.weight, bank.kernel_size, bank.stride, bank.padding, bank.groups)
+        if not (served and _fit(bank, routing)):
             return bank(x, self.shares(x))
         return routed_conv2d(
             x,
@@ -291,6 +293,17 @@ def _are_plain(bank: CondConv2d, routing: nn.Module) -> bool:
         and not (routing._forward_hooks or routing._forward_pre_hooks)
         and not (bank._forward_hooks or bank._forward_pre_hooks)
         and not nn.modules.module._has_any_global_hook()
+        and 'forward' not in vars(routing)  # where accelerate, for one, puts its own
+        and 'forward' not in vars(bank)
+    )
+
+
+def _fit(bank: CondConv2d, routing: nn.Linear) -> bool:
+    """Whether neither was given parameters of another shape or dtype, which are answered with an error elsewhere."""
+    return (
+        routing.weight.shape == (bank.num_experts, bank.in_channels)
+        and routing.weight.dtype == bank.weight.dtype
+        and bank.weight.numel() == bank.num_experts * math.prod(bank.weight_shape)
     )
 
 

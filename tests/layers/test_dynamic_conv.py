@@ -7,6 +7,7 @@ import math
 import pytest
 import timm.layers
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from timm.utils.model import reparameterize_model
 from torch import nn
 from torch.testing import assert_close
@@ -143,6 +144,41 @@ def test_inference_respects_hooks_wrappers_and_gradients(mixings):
         with use_backend('reference'):
             layer(x)
         layer.double()(images(1))
+    assert mixings.count == 0
+
+
+@pytest.mark.parametrize('name', ['routing', 'cond_conv'])
+def test_inference_respects_another_forward(mixings, name):
+    class Zero(ModelHook):
+        def post_forward(self, module, output):
+            return torch.zeros_like(output)
+
+    layer, x = DynamicConv2d(6, 4, 3), images(1).float()
+    add_hook_to_module(getattr(layer, name), Zero())
+    expected = layer(x)
+    with torch.no_grad():
+        assert_close(layer(x), expected.detach())
+    assert mixings.count == 0
+
+
+@pytest.mark.parametrize('grad', [True, False])
+def test_parameters_of_other_shapes_are_refused(grad):
+    layer, x = DynamicConv2d(6, 4, 3), images(1).float()
+    layer.routing = nn.Linear(6, 3)
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r'routing must have shape \(N, E\) = \(1, 4\)'):
+        layer(x)
+    layer = DynamicConv2d(6, 4, 3)
+    layer.cond_conv.weight = nn.Parameter(torch.zeros(4, 215))
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match='weight must have a multiple of'):
+        layer(x)
+
+
+def test_inference_respects_shares_of_the_instance(mixings):
+    layer, x = DynamicConv2d(6, 4, 3), images(1).float()
+    layer.shares = lambda x: x.new_full((len(x), 4), 0.25)
+    expected = layer(x)
+    with torch.no_grad():
+        assert_close(layer(x), expected.detach())
     assert mixings.count == 0
 
 

@@ -10,7 +10,7 @@ from timm.models import model_entrypoint
 import dcnzoo  # noqa: F401  (registers the models)
 
 SMALL = 5e6
-MEDIUM = 32e6
+MEDIUM = 36e6
 LARGE = 400e6
 
 
