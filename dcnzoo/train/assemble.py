@@ -68,8 +68,9 @@ def assemble(config: Config, accelerator: Accelerator) -> Trainer:
     counts = class_counts(splits.train, classes) if config.loss.class_weight else None
     task = build_task(model, config, data_config, classes, counts, device)
     network = Network(model, accelerator.unwrap_model(model), task, ema, frozen, model_config)
-    destination = {'num_classes': classes, 'device': device, 'channels_last': config.model.channels_last}
-    transforms = (BatchTransform(data_config, augment, **destination) for augment in (config.augment, None))
+    destination = {'device': device, 'channels_last': config.model.channels_last}
+    labels = {'num_classes': classes, 'multi_label': config.data.multi_label}
+    transforms = (BatchTransform(data_config, augment, **labels, **destination) for augment in (config.augment, None))
     report = Report(accelerator, output, config.schedule.epochs, batches, config.data.multi_label)
     if (complaint := stream_complaint(splits, config, processes)) and accelerator.is_main_process:
         report.warn(complaint)

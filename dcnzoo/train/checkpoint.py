@@ -123,7 +123,7 @@ def check_output(config: Config) -> None:
     except OSError as error:
         raise TrainError(f'run.output: cannot write to {output}: {error.strerror}') from None
     taken = next((name for name in (*FOLDERS, *FILES) if (output / name).exists()), None)
-    if taken and config.resume is None and not config.run.overwrite:
+    if taken and not _continues(config) and not config.run.overwrite:
         raise TrainError(
             f'run.output: {output} holds a run already ({taken}); continue it with --resume auto, replace it with '
             f'--run.overwrite true, or name another folder with --run.output'
@@ -133,7 +133,7 @@ def check_output(config: Config) -> None:
 def begin_output(config: Config) -> None:
     """Removes what an earlier run left in the folder, unless that one is resumed, and writes the configuration."""
     output = Path(config.run.output)
-    if config.resume is None:
+    if not _continues(config):
         for name in FOLDERS:
             shutil.rmtree(output / name, ignore_errors=True)
         for name in FILES:
@@ -141,6 +141,13 @@ def begin_output(config: Config) -> None:
     for draft in output.rglob('.*.draft'):  # of a run that was killed while it wrote
         shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
     write_text(output / 'run.yaml', config.to_yaml())
+
+
+def _continues(config: Config) -> bool:
+    """Whether the run goes on where it is, and not in another folder."""
+    if config.resume in (None, 'auto'):
+        return config.resume == 'auto'
+    return Path(config.resume).resolve().is_relative_to(Path(config.run.output).resolve())
 
 
 def find_checkpoints(config: Config) -> list[Path]:
@@ -154,7 +161,10 @@ def find_checkpoints(config: Config) -> list[Path]:
     """
     if config.resume is None:
         return []
-    named = Path(config.run.output) if config.resume == 'auto' else Path(config.resume)
+    output = Path(config.run.output)
+    named = output if config.resume == 'auto' else Path(config.resume)
+    if _continues(config):  # spelled as the run's other checkpoints are, with which it is compared
+        named = output / named.resolve().relative_to(output.resolve())
     for folder in (named, named.parent):  # a run's best/ or last/ stands for the run
         if checkpoints := list_checkpoints(folder):
             return checkpoints[::-1]

@@ -365,6 +365,7 @@ def check(config: Config) -> None:
         'augment.repeats': (augment.repeats, 1),
         'optim.lr': (optim.lr, 0),
         'optim.lr_base_batch': (optim.lr_base_batch, 0),
+        'optim.weight_decay': (optim.weight_decay, 0),
         'optim.accumulate': (optim.accumulate, 1),
         'schedule.epochs': (schedule.epochs, 1),
         'schedule.warmup_epochs': (schedule.warmup_epochs, 0),
@@ -380,12 +381,26 @@ def check(config: Config) -> None:
         'run.checkpoint_minutes': (config.run.checkpoint_minutes, 0),
         'run.keep': (config.run.keep, 1),
     }
+    positive = {
+        'data.crop_pct': data.crop_pct,
+        'optim.clip_grad': optim.clip_grad,
+        'optim.layer_decay': optim.layer_decay,
+        'schedule.decay_epochs': schedule.decay_epochs,
+        'distill.temperature': config.distill.temperature,
+    }
     for name, value in probabilities.items():
         if not 0 <= value <= 1:
             raise TrainError(f'{name} should lie between 0 and 1, got {value}', usage=True)
     for name, (value, least) in at_least.items():
         if value is not None and not value >= least:
             raise TrainError(f'{name} should be at least {least}, got {value}', usage=True)
+    for name, value in positive.items():
+        if value is not None and not value > 0:
+            raise TrainError(f'{name} should be positive, got {value}', usage=True)
+    if data.std is not None and not min(data.std) > 0:
+        raise TrainError(f'data.std should be positive numbers, got {data.std}', usage=True)
+    if config.run.seed >= 1 << 63:
+        raise TrainError(f'run.seed should be less than 2**63, got {config.run.seed}', usage=True)
     for name in ('scale', 'ratio'):
         low, high = getattr(augment, name)
         if not 0 < low <= high:

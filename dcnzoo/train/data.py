@@ -289,6 +289,7 @@ class BatchTransform:
         num_classes: outputs of the classifier.
         device: where the batches are.
         channels_last: memory order of the images.
+        multi_label: whether targets are (B, K), of several labels each.
     """
 
     def __init__(
@@ -298,6 +299,7 @@ class BatchTransform:
         num_classes: int,
         device: torch.device,
         channels_last: bool,
+        multi_label: bool = False,
     ):
         self.mean = 255 * torch.tensor(data_config['mean'], device=device).view(1, -1, 1, 1)
         self.std = 255 * torch.tensor(data_config['std'], device=device).view(1, -1, 1, 1)
@@ -317,6 +319,7 @@ class BatchTransform:
                 mode=augment.mix_mode,
                 label_smoothing=augment.label_smoothing,
                 num_classes=num_classes,
+                multi_label=multi_label,
             )
 
     def set_epoch(self, epoch: int) -> None:
@@ -325,7 +328,7 @@ class BatchTransform:
             self.mix.mixup_enabled = epoch < self.mix_off_epoch
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) uint8 and (B,) indices to normalized images and, where these are mixed, (B, K) targets."""
+        """(B, C, H, W) uint8 and their targets to normalized images and, where these are mixed, targets (B, K)."""
         images = images.float().sub_(self.mean).div_(self.std).contiguous(memory_format=self.memory_format)
         if self.erase is not None:
             images = self.erase(images)

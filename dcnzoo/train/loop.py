@@ -32,6 +32,7 @@ from .unreadable import Unreadable
 
 STEP_DRAWS = 1  # keeps the random numbers of a step apart from those of an image at the same place
 MEASURED_IMAGES = 16
+SETTINGS = ('weight_decay', 'momentum', 'betas', 'eps', 'lr_scale')  # of an optimizer's group, beside what it learned
 
 
 class Trainer:
@@ -67,6 +68,8 @@ class Trainer:
         self.data = data
         self.network = network
         self.optimizer = optimizer
+        second_order = getattr(optimizer.optimizer, 'is_second_order', False)  # it differentiates the gradients
+        self.backward_options = {'create_graph': True} if second_order else {}
         self.rate = rate
         self.unreadable = unreadable
         self.checkpoints = checkpoints
@@ -97,7 +100,10 @@ class Trainer:
         self.report.say(f'resumed {folder} at epoch {state.epoch + 1}, batch {state.batch} of {batches}')
 
     def load(self, folder: Path) -> None:
+        configured = [{key: group[key] for key in SETTINGS if key in group} for group in self.optimizer.param_groups]
         self.state = State(**self.checkpoints.load(folder))
+        for group, settings in zip(self.optimizer.param_groups, configured, strict=True):
+            group.update(settings)  # which may be others than those of the checkpoint
         self.rate.factor = self.config.health.rollback_lr**self.state.rollbacks
         self.unreadable.complaints = list(dict.fromkeys([*self.state.unreadable, *self.unreadable.complaints]))
 
@@ -183,7 +189,7 @@ class Trainer:
         with nullcontext() if update else self.accelerator.no_sync(self.network.model):
             with self.accelerator.autocast():
                 loss = self.network.task(images, targets)['loss']
-            self.accelerator.backward(loss / group)
+            self.accelerator.backward(loss / group, **self.backward_options)
         return loss.detach()
 
     def update(self, losses: list[Tensor], images: Tensor, targets: Tensor) -> bool:

@@ -76,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def explain(error: Exception) -> str | None:
     """What happened, in one line, if it was the machine's fault or that of another process; None if it may be ours."""
     text = ' '.join(str(error).split())
+    if isinstance(error, PermissionError):
+        return f'{error.filename}: {error.strerror}'
     if isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return f'{error.strerror}; the checkpoints before are untouched, continue with --resume auto' if full else None
@@ -83,6 +85,8 @@ def explain(error: Exception) -> str | None:
         return f'{text} --data.workers 0 does without.'
     if text.startswith('Caught RuntimeError in DataLoader worker'):
         return f'loading images failed: {str(error).strip().splitlines()[-1]} (--data.workers 0 shows where)'
+    if text.startswith('derivative for'):
+        return f'optim.name: this optimizer needs second derivatives, and the network has none: {text}'
     if isinstance(error, getattr(torch.distributed, 'DistError', ())) or 'gloo/' in text:
         return f'another process of the run is lost, continue with --resume auto: {text[:200]}'
     return None
@@ -120,4 +124,7 @@ def evaluate(config: Config) -> dict:
 
 def plan(config: Config) -> dict:
     """Checks a configuration without training, and returns the facts that it leaves in plan/ of the run's folder."""
-    return write_plan(assemble(config, build_accelerator(config)))
+    accelerator = build_accelerator(config)
+    on_main(accelerator, choose_checkpoint, config)
+    on_main(accelerator, check_output, config)
+    return write_plan(assemble(config, accelerator))

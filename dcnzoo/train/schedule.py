@@ -59,9 +59,8 @@ class LearningRate:
         self.scheduler = scheduler
         self.batches = batches
         self.factor = 1.0
-        if scheduler is None:  # which would apply the factors of the groups
-            for group in optimizer.param_groups:
-                group['lr'] *= group.get('lr_scale', 1.0)
+        # Without a schedule, which would apply the factors of the groups.
+        self.constant = [group['lr'] * group.get('lr_scale', 1.0) for group in optimizer.param_groups]
 
     @property
     def remembers(self) -> bool:
@@ -70,7 +69,10 @@ class LearningRate:
 
     def move_to(self, epoch: float) -> None:
         """Sets the rates for a point in time, in epochs."""
-        if self.scheduler is not None and not self.remembers:
+        if self.scheduler is None:
+            for group, lr in zip(self.optimizer.param_groups, self.constant, strict=True):
+                group['lr'] = lr
+        elif not self.remembers:
             self.scheduler.step_update(round(epoch * self.batches))
 
     def finish_epoch(self, epoch: int, metric: float | None) -> None:

@@ -86,7 +86,7 @@ def checkpoints(output, *names):
     return output / 'checkpoints'
 
 
-def test_what_is_resumed(tmp_path):
+def test_what_is_resumed(tmp_path, monkeypatch):
     def config(resume, output='run'):
         return Config(resume=resume, run=RunConfig(output=str(tmp_path / output)))
 
@@ -104,6 +104,9 @@ def test_what_is_resumed(tmp_path):
     assert find_checkpoints(config(str(tmp_path / 'run'), 'fresh')) == newest_first
     assert find_checkpoints(config(str(tmp_path / 'run' / 'best'))) == newest_first
     assert find_checkpoints(config(str(older))) == [older]
+    monkeypatch.chdir(tmp_path)
+    relative = Config(resume=str(older), run=RunConfig(output='run'))
+    assert find_checkpoints(relative) == [older.relative_to(tmp_path)]  # they are compared with those in the output
     with pytest.raises(TrainError, match=r'--resume: .*nowhere does not exist'):
         find_checkpoints(config(str(tmp_path / 'nowhere')))
     shutil.rmtree(folder)

@@ -114,6 +114,10 @@ def test_wrong_yaml(tmp_path, content, message):
             ['--schedule.epochs', '5', '--schedule.warmup_epochs', '5'],
             r'schedule\.warmup_epochs should be less than schedule\.epochs \(5\), got 5',
         ),
+        (['--optim.clip_grad', '-1'], r'optim\.clip_grad should be positive, got -1'),
+        (['--optim.weight_decay', '-1'], r'optim\.weight_decay should be at least 0, got -1'),
+        (['--data.std', '[0.2, 0, 0.2]'], r'data\.std should be positive numbers, got \(0\.2, 0\.0, 0\.2\)'),
+        (['--run.seed', str(1 << 64)], r'run\.seed should be less than 2\*\*63, got 18446744073709551616'),
         (['--model.checkpoint', 'nowhere.pth'], r'model\.checkpoint: no file nowhere\.pth'),
     ],
 )

@@ -339,6 +339,9 @@ def test_batch_transform():
     assert soft.shape == (4, 3)
     torch.testing.assert_close(soft.sum(1), torch.ones(4))
     assert not torch.equal(mixed, normalized)
+    labels = torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 1, 1], [0, 0, 0]])
+    mix = BatchTransform(INPUT, AugmentConfig(mixup=0.8), multi_label=True, **destination)
+    assert mix(images, labels)[1].shape == labels.shape
 
 
 def test_unknown_policy(photos):

@@ -338,6 +338,12 @@ def test_dry_run(photos, tmp_path, train):
     assert 'nothing was trained' in text
     status, _, errors = train([*settings(tmp_path, tmp_path / 'run'), '--dry-run'])
     assert (status, len(errors)) == (1, 1)
+    status, _, errors = train([*arguments, '--dry-run', '--resume', 'nowhere'])
+    assert (status, errors) == (1, ['error: --resume: nowhere does not exist'])
+    (tmp_path / 'run' / 'best').mkdir()
+    status, _, errors = train([*arguments, '--dry-run'])
+    assert status == 1
+    assert 'holds a run already (best)' in errors[0]
 
 
 def test_average(trained, tmp_path, capsys):

@@ -283,6 +283,40 @@ def test_resume_into_another_folder(finished, photos, tmp_path, train):
     status, _, errors = train([*arguments, '--schedule.epochs', '4', '--resume', str(finished / 'best')])
     assert (status, errors) == (0, [])
     assert json.loads((tmp_path / 'run' / 'summary.json').read_text())['best_epoch'] == 4
+    status, _, errors = train([*arguments, '--schedule.epochs', '4', '--resume', str(finished)])  # another run's
+    assert status == 1
+    assert 'holds a run already' in errors[0]
+
+
+def test_a_branch_of_a_run_replaces_what_came_after(finished, photos, tmp_path, train, monkeypatch):
+    """However the paths are spelled."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, 'run')
+    newest = sorted((tmp_path / 'run' / 'checkpoints').iterdir())[-1]
+    (newest / 'model.safetensors').write_bytes(b'damaged')
+    before = newest.stat().st_ino
+    arguments = settings(photos, 'run', schedule__epochs=3, **RICH)
+    assert train([*arguments, '--resume', str(tmp_path / 'run')])[0] == 0
+    assert newest.stat().st_ino != before
+    assert same_weights(newest / 'model.safetensors', finished / 'checkpoints' / newest.name / 'model.safetensors')
+
+
+@pytest.mark.parametrize('schedule', ['none', 'cosine'])
+def test_a_resumed_run_has_the_settings_that_it_is_given(schedule, photos, tmp_path, train, monkeypatch):
+    arguments = settings(photos, tmp_path / 'run', schedule__name=schedule, schedule__warmup_epochs=0)
+    assert train([*arguments, '--schedule.epochs', '1'])[0] == 0
+    seen = []
+    monkeypatch.setattr(Trainer, 'fit', lambda self: seen.append(self) or 1 / 0)
+    changes = ['--optim.lr', '0.5', '--optim.weight_decay', '0.25', '--optim.betas', '[0.5, 0.75]']
+    with pytest.raises(ZeroDivisionError):
+        train([*arguments, '--schedule.epochs', '2', '--resume', 'auto', *changes])
+    (trainer,) = seen
+    trainer.rate.move_to(0)
+    groups = trainer.optimizer.param_groups
+    assert {group['lr'] for group in groups} == {0.5}
+    assert {group['weight_decay'] for group in groups} == {0.0, 0.25}
+    assert {tuple(group['betas']) for group in groups} == {(0.5, 0.75)}
+    assert trainer.optimizer.state
 
 
 def test_loss_that_is_not_finite(photos, tmp_path, train):
