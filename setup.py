@@ -43,7 +43,12 @@ def find_compiler() -> str | None:
     named = os.environ.get('CXX')
     if named:
         return named
-    return shutil.which('cl' if MSVC else 'c++') or shutil.which('g++') or shutil.which('clang++')
+    if MSVC:
+        return shutil.which('cl')
+    found = next(filter(shutil.which, ('c++', 'g++', 'clang++')), None)
+    if found in ('g++', 'clang++'):
+        os.environ['CXX'] = found  # torch looks for c++ alone
+    return found
 
 
 def check_compiler(compiler: str) -> None:

@@ -152,6 +152,16 @@ def test_an_nvcc_of_another_cuda_is_left_alone(tree, tmp_path):
     assert 'DCNZOO_CUDA=1 asks for the CUDA operators, but nvcc 9.2' in done.stderr
 
 
+@pytest.mark.skipif(os.name == 'nt', reason='MSVC has one name')
+def test_a_compiler_of_another_name_is_used(tree, tmp_path):
+    tools, calls = tmp_path / 'tools', tmp_path / 'calls'
+    tools.mkdir()
+    (tools / 'g++').write_text(f'#!/bin/sh\necho "$@" >> {calls}\ntest "$1" = --version\n')
+    (tools / 'g++').chmod(0o755)
+    run('setup.py', 'build_ext', '--inplace', cwd=tree, PATH=f'{tools}')
+    assert any('.cpp' in call for call in calls.read_text().splitlines())
+
+
 def test_dcnzoo_cpu_0_needs_no_compiler(tree):
     done = run('setup.py', 'build_ext', '--inplace', cwd=tree, DCNZOO_CPU='0', CC='false', CXX='false')
     assert done.returncode == 0, done.stderr
