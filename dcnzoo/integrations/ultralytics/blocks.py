@@ -5,7 +5,7 @@ YAML files and checkpoints fit. All blocks take and give (N, C, H, W) maps, of a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import timm
 import torch
@@ -210,7 +210,7 @@ class TimmBackbone(nn.Module):
 
     Args:
         name: A name of timm's registry, 'dcnv4_tiny' for instance.
-        pretrained: Load the model's weights.
+        pretrained: Fetch the model's published weights.
 
     Raises:
         ValueError: There is no such model, or its last three maps are not at those strides.
@@ -238,6 +238,16 @@ class TimmBackbone(nn.Module):
         if x.shape[1] != 3:
             raise ValueError(f'a timm backbone takes images of 3 channels, got {x.shape[1]}')
         return self.m((x - self.mean) / self.std)
+
+
+def without_fetching(config: Mapping) -> dict:
+    """The configuration of a model whose weights are at hand: no backbone asks for the published ones."""
+    settled = dict(config)
+    for section in ('backbone', 'head'):
+        settled[section] = [
+            [*place, name, args[:2] if name == 'TimmBackbone' else args] for *place, name, args in config[section]
+        ]
+    return settled
 
 
 def _groups(g: int) -> int | None:

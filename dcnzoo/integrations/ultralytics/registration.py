@@ -3,7 +3,8 @@
 ultralytics resolves the names of a YAML file within `parse_model`, and only the classes that it lists there get input
 channels, scaled widths and repeats. So each row with one of our names is parsed as the stock module that takes the same
 arguments, by a copy of `parse_model` in whose namespace that module's name stands for a `_StandIn` that builds the
-block instead. What changes in ultralytics itself is `tasks.parse_model` and `dist.generate_ddp_file`.
+block instead. What changes in ultralytics itself is `tasks.parse_model`, `tasks.initialize_weights`,
+`tasks.BaseModel.__setstate__` and `dist.generate_ddp_file`.
 """
 
 import difflib
@@ -65,12 +66,15 @@ def register() -> None:
     try:
         parse_model = _extend(tasks.parse_model)
         _try_out(parse_model)
+        initialize_weights = _sparing_backbones(tasks.initialize_weights)
     except Exception as error:
         raise RegistrationError(
             f'dcnzoo does not know how to add blocks to ultralytics {ultralytics.__version__}, only to 8.3.240 and '
             f'newer, tried up to 8.4.190 ({type(error).__name__}: {error})'
         ) from error
     tasks.parse_model = parse_model
+    tasks.initialize_weights = initialize_weights
+    tasks.BaseModel.__setstate__ = _having_weights(tasks.BaseModel.__setstate__)
     dist.generate_ddp_file = _registering(dist.generate_ddp_file)
     torch.serialization.add_safe_globals(_known_to_checkpoints())
 
@@ -199,6 +203,36 @@ def _try_out(parse_model: types.FunctionType) -> None:
     for what, value in expected.items():
         if found[what] != value:
             raise RuntimeError(f'{what} of a parsed model are {found[what]}, not {value}')
+
+
+def _sparing_backbones(stock: types.FunctionType) -> types.FunctionType:
+    """An `initialize_weights` that leaves timm's modules as they are, rather than set the eps of their BatchNorm2d."""
+
+    @functools.wraps(stock)
+    def initialize_weights(model):
+        spared = {block: block.m for block in model.modules() if isinstance(block, blocks.TimmBackbone)}
+        for block in spared:
+            block.m = nn.Identity()
+        stock(model)
+        for block, inner in spared.items():
+            block.m = inner
+
+    return initialize_weights
+
+
+def _having_weights(stock: types.FunctionType) -> types.FunctionType:
+    """A `__setstate__` for models out of checkpoints: built again from their YAML, they get their weights from there.
+
+    A model just made keeps asking for the published ones in its YAML, by which a trainer builds it anew.
+    """
+
+    @functools.wraps(stock)
+    def __setstate__(self, state):
+        stock(self, state)
+        if 'yaml' in state and any(isinstance(module, blocks.TimmBackbone) for module in self.modules()):
+            self.yaml = blocks.without_fetching(self.yaml)
+
+    return __setstate__
 
 
 def _registering(stock: types.FunctionType) -> types.FunctionType:
