@@ -127,6 +127,16 @@ def test_stride_and_padding_of_plain_rows():
     assert isinstance(blocks.DCNv4Conv(8, 16, act=False).act, nn.Identity)
 
 
+def test_plain_rows_of_dcnv4_take_pairs():
+    x = torch.randn(1, 8, 17, 12)
+    square, pairs = (shuffled(blocks.DCNv4Conv(8, 8, *sizes)).eval() for sizes in ((3, 2), ((3, 3), [2, 2])))
+    torch.testing.assert_close(pairs(x), square(x), rtol=0, atol=0)
+    assert blocks.DCNv4Conv(8, 8, (3, 5)).eval()(x).shape == x.shape
+    assert blocks.DCNv4Conv(8, 8, [5, 3], d=(1, 2)).eval()(x).shape == x.shape
+    with pytest.raises(TypeError, match=r'k must be an int or a \(height, width\) pair of ints, got \(3, 3, 3\)'):
+        blocks.DCNv4Conv(8, 8, (3, 3, 3))
+
+
 def test_plain_rows_of_dcnv4_learn_from_the_start():
     """Layers that all start at zero, as the published one does, would stop each other's gradients."""
     stack = nn.Sequential(*(blocks.DCNv4Conv(8, 8) for _ in range(3)))
