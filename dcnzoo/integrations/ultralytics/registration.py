@@ -80,19 +80,23 @@ def register() -> None:
 
 
 def check_block(name: str) -> None:
-    """Raises ValueError, with names alike, where neither dcnzoo nor ultralytics has a module of that name."""
+    """Raises ValueError, with names alike, where neither dcnzoo nor ultralytics has a block of that name."""
     known = {*BLOCKS, *_module_names(tasks), *(f'nn.{key}' for key in _module_names(nn))}
-    if name not in known and not name.startswith('torchvision.ops.'):
+    if not isinstance(name, str) or (name not in known and not name.startswith('torchvision.ops.')):
         raise ValueError(f'there is no block {name!r}{nearest(name, known)}')
 
 
 def _module_names(namespace: types.ModuleType) -> list[str]:
-    return [key for key, value in vars(namespace).items() if isinstance(value, type) and issubclass(value, nn.Module)]
+    """The modules that a namespace imports; what ultralytics' parser has beside it are whole models."""
+    values = {key: value for key, value in vars(namespace).items() if isinstance(value, type)}
+    return [
+        key for key, value in values.items() if issubclass(value, nn.Module) and value.__module__ != namespace.__name__
+    ]
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: object, names: Iterable[str]) -> str:
     """'; did you mean a or b?' with the names most like one, or nothing."""
-    close = difflib.get_close_matches(name, sorted(names), n=3)
+    close = difflib.get_close_matches(str(name), sorted(names), n=3)
     return f'; did you mean {" or ".join(close)}?' if close else ''
 
 

@@ -206,6 +206,14 @@ def test_names():
         (('yolov8n', 'c3k2-dcnv4'), 'yolov8n has no C3k2 to replace'),
         (('yolov8n-cls', 'dcnv4-head'), 'yolov8n-cls has no C2f or C3k2 to replace'),
         (('yolo11n', {'C3k2': 'C3k2_DCNV4'}), "there is no block 'C3k2_DCNV4'; did you mean C3k2_DCNv4"),
+        (('yolo11n', {'C3k2': None}), 'there is no block None'),
+        (('yolo11n', {'C3k2': 'DetectionModel'}), "there is no block 'DetectionModel'"),
+        (('yolo11n', {'C3K2': 'C3k2_DCNv4'}), r'yolo11n has no C3K2 to replace there; did you mean C3k2\?'),
+        (('yolo11n', {}), 'variant must say which blocks to replace, got {}'),
+        (('yolo11n', 123), 'variant must be one of dcnv4-backbone, .* or a mapping, got 123$'),
+        (('yolo11n', ['c3k2-dcnv4']), r"variant must be one of .*, got \['c3k2-dcnv4'\]"),
+        ((None, 'c3k2-dcnv4'), 'base must be a model of ultralytics with its scale, got None$'),
+        *((('yolo11n', None, nc), f'nc must be a positive int, got {nc!r}') for nc in (0, -3, 'abc', 2.5, True)),
     ),
 )
 def test_what_is_refused(arguments, message):
@@ -216,6 +224,10 @@ def test_what_is_refused(arguments, message):
 def test_more_that_is_refused():
     with pytest.raises(ValueError, match='where goes with a mapping'):
         model_config('yolo11n', 'c3k2-dcnv4', where=lambda row: True)
+    with pytest.raises(ValueError, match=r'has no C3k2 to replace there$'):
+        model_config('yolo11n', {'C3k2': 'C3k2_DCNv4'}, where=lambda row: False)
+    with pytest.raises(ValueError, match='pretrained goes with a backbone, got True without one'):
+        model_config('yolo11n', pretrained=True)
     with pytest.raises(ValueError, match="timm has no model 'dcnv4_huge'"):
         model_config('yolo11n', backbone='dcnv4_huge')
     with pytest.raises(ValueError, match='must take maps at strides 8, 16 and 32 only, not at 4'):
