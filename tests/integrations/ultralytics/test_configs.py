@@ -22,6 +22,7 @@ TASKS = {
     '-obb': tasks.OBBModel,
     '-cls': tasks.ClassificationModel,
 }
+NAMES = {'': 'detect', '-seg': 'segment', '-pose': 'pose', '-obb': 'obb', '-cls': 'classify'}
 PAIRS = [
     (family, variant)
     for family in ('yolov8', 'yolo11')
@@ -93,7 +94,16 @@ def test_every_task(suffix):
         assert model.nc == 4 if hasattr(model, 'nc') else len(model.names) == 4
         with torch.no_grad():
             model(torch.rand(1, 3, 64, 64))
-        assert tasks.guess_model_task(config) in ('detect', 'segment', 'pose', 'obb', 'classify')
+        assert tasks.guess_model_task(config) == NAMES[suffix]
+
+
+@pytest.mark.parametrize('suffix', TASKS)
+def test_every_scale_of_every_task(suffix):
+    for family, variant in (('yolo11', 'c3k2-dcnv4'), ('yolov8', 'dynamicconv')):
+        models = [on_meta(model_config(f'{family}{scale}{suffix}', variant))[0] for scale in 'nsmlx']
+        sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in models]
+        assert sizes == sorted(set(sizes))
+        assert {tasks.guess_model_task(model) for model in models} == {NAMES[suffix]}
 
 
 def test_which_rows_the_variants_replace():
