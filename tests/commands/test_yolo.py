@@ -50,16 +50,36 @@ def test_trains_validates_predicts_and_exports(yolo, tmp_path):
     assert weights.with_suffix('.torchscript').is_file()
 
 
-def test_models(yolo):
-    code, out, _ = yolo('models', 'yolov8', '--imgsz', '64')
+@pytest.mark.parametrize(
+    'base, expected',
+    (
+        (
+            'yolov8',
+            {
+                'yolov8n': ('3.16', '8.7'),
+                'yolov8x': ('68.23', '257.8'),
+                'yolov8n-dynamicconv': ('4.89', '8.7'),
+                'yolov8n-dcnv4-backbone': ('3.01', '8.5'),
+            },
+        ),
+        (
+            'yolo11',
+            {
+                'yolo11n': ('2.62', '6.5'),
+                'yolo11n-dynamicconv': ('4.63', '6.5'),
+                'yolo11n-c3k2-dcnv4': ('2.58', '6.9'),
+            },
+        ),
+    ),
+)
+def test_models(base, expected, yolo):
+    code, out, _ = yolo('models', base)
     assert code == 0
     rows = [line.split() for line in out.splitlines()]
     assert rows[0][:2] == ['model', 'params']
     names = [row[0] for row in rows[1:]]
     assert len(names) == len(set(names)) == 5 * 6
-    sizes = {row[0]: row[1] for row in rows[1:]}
-    assert (sizes['yolov8n'], sizes['yolov8x']) == ('3.16', '68.23')
-    assert (sizes['yolov8n-dynamicconv'], sizes['yolov8n-dcnv4-backbone']) == ('4.89', '3.01')
+    assert {row[0]: (row[1], row[2]) for row in rows[1:] if row[0] in expected} == expected
 
 
 def test_gflops_of_the_stock_model_are_those_of_ultralytics():

@@ -5,7 +5,7 @@ YAML files and checkpoints fit. All blocks take and give (N, C, H, W) maps, of a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import timm
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ultralytics.nn.modules import Conv
 
 from ... import layers
+from ...layers._geometry import pair
 
 
 class DynamicConv(layers.DynamicConv2d):
@@ -52,7 +53,7 @@ class DCNv4Conv(nn.Module):
     Args:
         c1: Channels of the input.
         c2: Channels of the output.
-        k: Size of the sampling grid.
+        k: Size of the sampling grid, an int or a (height, width) pair like s, p and d.
         s: Stride.
         p: Padding in pixels; None for as much as keeps the size at stride 1.
         g: Number of groups of channels that the projections keep apart.
@@ -62,8 +63,10 @@ class DCNv4Conv(nn.Module):
 
     def __init__(self, c1, c2, k=3, s=1, p=None, g=1, d=1, act=True):
         super().__init__()
-        pad = d * (k - 1) // 2 if p is None else p
-        self.conv = layers.DCNv4Conv2d(c1, c2, k, s, pad, d, g, bias=False)
+        k, d = pair('k', k, 1), pair('d', d, 1)
+        if p is None:
+            p = [distance * (size - 1) // 2 for size, distance in zip(k, d, strict=True)]
+        self.conv = layers.DCNv4Conv2d(c1, c2, k, s, p, d, g, bias=False)
         self.bn = nn.BatchNorm2d(c2)
         self.act = Conv.default_act if act is True else act if isinstance(act, nn.Module) else nn.Identity()
 
@@ -210,7 +213,7 @@ class TimmBackbone(nn.Module):
 
     Args:
         name: A name of timm's registry, 'dcnv4_tiny' for instance.
-        pretrained: Load the model's weights.
+        pretrained: Fetch the model's published weights.
 
     Raises:
         ValueError: There is no such model, or its last three maps are not at those strides.
@@ -238,6 +241,16 @@ class TimmBackbone(nn.Module):
         if x.shape[1] != 3:
             raise ValueError(f'a timm backbone takes images of 3 channels, got {x.shape[1]}')
         return self.m((x - self.mean) / self.std)
+
+
+def without_fetching(config: Mapping) -> dict:
+    """The configuration of a model whose weights are at hand: no backbone asks for the published ones."""
+    settled = dict(config)
+    for section in ('backbone', 'head'):
+        settled[section] = [
+            [*place, name, args[:2] if name == 'TimmBackbone' else args] for *place, name, args in config[section]
+        ]
+    return settled
 
 
 def _groups(g: int) -> int | None:

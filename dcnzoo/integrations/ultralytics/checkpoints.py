@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ultralytics.nn import modules, tasks
 from ultralytics.utils import DEFAULT_CFG_DICT
 
+from .blocks import without_fetching
 from .registration import BLOCKS, check_block
 
 # ultralytics' models that can be rebuilt, and what they are for.
@@ -140,13 +141,13 @@ def _checked(config: Mapping, names: Mapping[str, str]) -> dict:
         ]
     if config.get('scale') in config.get('scales', {}):
         config['scales'] = {config['scale']: config['scales'][config['scale']]}
-    return config
+    return without_fetching(config)
 
 
 def _checked_name(name: str) -> str:
     check_block(name)
     if not (name in BLOCKS or hasattr(modules, name) or name.startswith(('nn.', 'torchvision.ops.'))):
-        raise ValueError(f'{name} is no layer')  # whole models too are among the names that ultralytics resolves
+        raise ValueError(f'{name} is no layer')  # of what else ultralytics resolves, who knows what it does
     return name
 
 

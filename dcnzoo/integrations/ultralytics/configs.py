@@ -12,6 +12,7 @@ import torch
 import yaml
 from ultralytics.utils import ROOT, USER_CONFIG_DIR
 
+from ...layers._geometry import check_positive
 from .blocks import TimmBackbone
 from .registration import check_block, nearest
 
@@ -121,14 +122,20 @@ def model_config(
         where: In which rows a mapping replaces; in all by default.
         backbone: A name of timm's registry: that model with its maps at strides 8, 16 and 32 stands for the backbone,
             but for what follows the last C2f or C3k2 there.
-        pretrained: Load the backbone's weights.
+        pretrained: Fetch the backbone's published weights when a model is made from this configuration; one that is
+            rebuilt from a checkpoint has them from there.
 
     Returns:
         A mapping that `YOLO` takes, as do `DetectionModel` and its like.
 
     Raises:
-        ValueError: There is no such base, variant, block or backbone, or the base has nothing to replace.
+        ValueError: There is no such base, variant, block or backbone, the base has nothing to replace, or arguments do
+            not go together.
     """
+    if nc is not None:
+        check_positive(nc=nc)
+    if pretrained and backbone is None:
+        raise ValueError(f'pretrained goes with a backbone, got {pretrained!r} without one')
     config = _read(base)
     parts = [base]
     if variant is not None:
@@ -179,12 +186,12 @@ def scales(base: str) -> list[str]:
 
 def _read(base: str) -> dict:
     """The configuration of one of ultralytics' models, with its own scale only."""
-    match = re.fullmatch(r'(yolov?\d+)([a-z])(-.+)?', base.removesuffix('.yaml'))
-    family, scale, task = match.groups(default='') if match else (base, '', '')
+    match = re.fullmatch(r'(yolov?\d+)([a-z])(-.+)?', base.removesuffix('.yaml')) if isinstance(base, str) else None
+    family, scale, task = match.groups(default='') if match else ('', '', '')
     path = next(_YAMLS.rglob(f'{family}{task}.yaml'), None)
     config = yaml.safe_load(path.read_text(encoding='utf-8')) if path else {}
     if scale not in config.get('scales', {}):
-        names = [re.sub(r'(\d+)', rf'\1{scale}', base, count=1) for base in bases() for scale in scales(base)]
+        names = [re.sub(r'(\d+)', rf'\1{scale}', name, count=1) for name in bases() for scale in scales(name)]
         raise ValueError(f'base must be a model of ultralytics with its scale, got {base!r}{nearest(base, names)}')
     config['scales'] = {scale: config['scales'][scale]}
     return {**config, 'scale': scale}
@@ -192,11 +199,15 @@ def _read(base: str) -> dict:
 
 def _resolve(variant: str | Mapping[str, str], where: Callable[[Row], bool] | None) -> Variant:
     if isinstance(variant, Mapping):
+        if not variant:
+            raise ValueError(f'variant must say which blocks to replace, got {variant!r}')
         for block in variant.values():
             check_block(block)
         return Variant('', variant, where or (lambda row: True))
-    if variant not in VARIANTS:
-        raise ValueError(f'variant must be one of {", ".join(VARIANTS)}, got {variant!r}{nearest(variant, VARIANTS)}')
+    if not isinstance(variant, str) or variant not in VARIANTS:
+        raise ValueError(
+            f'variant must be one of {", ".join(VARIANTS)} or a mapping, got {variant!r}{nearest(variant, VARIANTS)}'
+        )
     if where is not None:
         raise ValueError(f'where goes with a mapping as variant, got it with {variant!r}')
     return VARIANTS[variant]
@@ -205,11 +216,14 @@ def _resolve(variant: str | Mapping[str, str], where: Callable[[Row], bool] | No
 def _replace(config: dict, variant: Variant, base: str) -> dict:
     """The configuration with a variant's blocks."""
     config = copy.deepcopy(config)
+    described = rows(config)
     chosen = [
-        row for row in rows(config) if row.module in variant.blocks and variant.where(row) and not _has_attention(row)
+        row for row in described if row.module in variant.blocks and variant.where(row) and not _has_attention(row)
     ]
     if not chosen:
-        raise ValueError(f'{base} has no {" or ".join(variant.blocks)} to replace there')
+        wanted = ' or '.join(map(str, variant.blocks))
+        others = {row.module for row in described} - set(variant.blocks)
+        raise ValueError(f'{base} has no {wanted} to replace there{nearest(wanted, others)}')
     sequence = config['backbone'] + config['head']
     for row in chosen:
         sequence[row.index][2] = variant.blocks[row.module]

@@ -3,7 +3,8 @@
 ultralytics resolves the names of a YAML file within `parse_model`, and only the classes that it lists there get input
 channels, scaled widths and repeats. So each row with one of our names is parsed as the stock module that takes the same
 arguments, by a copy of `parse_model` in whose namespace that module's name stands for a `_StandIn` that builds the
-block instead. What changes in ultralytics itself is `tasks.parse_model` and `dist.generate_ddp_file`.
+block instead. What changes in ultralytics itself is `tasks.parse_model`, `tasks.initialize_weights`,
+`tasks.BaseModel.__setstate__` and `dist.generate_ddp_file`.
 """
 
 import difflib
@@ -65,30 +66,37 @@ def register() -> None:
     try:
         parse_model = _extend(tasks.parse_model)
         _try_out(parse_model)
+        initialize_weights = _sparing_backbones(tasks.initialize_weights)
     except Exception as error:
         raise RegistrationError(
             f'dcnzoo does not know how to add blocks to ultralytics {ultralytics.__version__}, only to 8.3.240 and '
             f'newer, tried up to 8.4.190 ({type(error).__name__}: {error})'
         ) from error
     tasks.parse_model = parse_model
+    tasks.initialize_weights = initialize_weights
+    tasks.BaseModel.__setstate__ = _having_weights(tasks.BaseModel.__setstate__)
     dist.generate_ddp_file = _registering(dist.generate_ddp_file)
     torch.serialization.add_safe_globals(_known_to_checkpoints())
 
 
 def check_block(name: str) -> None:
-    """Raises ValueError, with names alike, where neither dcnzoo nor ultralytics has a module of that name."""
+    """Raises ValueError, with names alike, where neither dcnzoo nor ultralytics has a block of that name."""
     known = {*BLOCKS, *_module_names(tasks), *(f'nn.{key}' for key in _module_names(nn))}
-    if name not in known and not name.startswith('torchvision.ops.'):
+    if not isinstance(name, str) or (name not in known and not name.startswith('torchvision.ops.')):
         raise ValueError(f'there is no block {name!r}{nearest(name, known)}')
 
 
 def _module_names(namespace: types.ModuleType) -> list[str]:
-    return [key for key, value in vars(namespace).items() if isinstance(value, type) and issubclass(value, nn.Module)]
+    """The modules that a namespace imports; what ultralytics' parser has beside it are whole models."""
+    values = {key: value for key, value in vars(namespace).items() if isinstance(value, type)}
+    return [
+        key for key, value in values.items() if issubclass(value, nn.Module) and value.__module__ != namespace.__name__
+    ]
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: object, names: Iterable[str]) -> str:
     """'; did you mean a or b?' with the names most like one, or nothing."""
-    close = difflib.get_close_matches(name, sorted(names), n=3)
+    close = difflib.get_close_matches(str(name), sorted(names), n=3)
     return f'; did you mean {" or ".join(close)}?' if close else ''
 
 
@@ -199,6 +207,36 @@ def _try_out(parse_model: types.FunctionType) -> None:
     for what, value in expected.items():
         if found[what] != value:
             raise RuntimeError(f'{what} of a parsed model are {found[what]}, not {value}')
+
+
+def _sparing_backbones(stock: types.FunctionType) -> types.FunctionType:
+    """An `initialize_weights` that leaves timm's modules as they are, rather than set the eps of their BatchNorm2d."""
+
+    @functools.wraps(stock)
+    def initialize_weights(model):
+        spared = {block: block.m for block in model.modules() if isinstance(block, blocks.TimmBackbone)}
+        for block in spared:
+            block.m = nn.Identity()
+        stock(model)
+        for block, inner in spared.items():
+            block.m = inner
+
+    return initialize_weights
+
+
+def _having_weights(stock: types.FunctionType) -> types.FunctionType:
+    """A `__setstate__` for models out of checkpoints: built again from their YAML, they get their weights from there.
+
+    A model just made keeps asking for the published ones in its YAML, by which a trainer builds it anew.
+    """
+
+    @functools.wraps(stock)
+    def __setstate__(self, state):
+        stock(self, state)
+        if 'yaml' in state and any(isinstance(module, blocks.TimmBackbone) for module in self.modules()):
+            self.yaml = blocks.without_fetching(self.yaml)
+
+    return __setstate__
 
 
 def _registering(stock: types.FunctionType) -> types.FunctionType:

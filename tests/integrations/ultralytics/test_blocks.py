@@ -25,6 +25,27 @@ LAYOUTS = {
 }
 
 
+def norm(prefix):
+    return {prefix + name for name in ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')}
+
+
+def conv(prefix):
+    return {f'{prefix}conv.weight'} | norm(f'{prefix}bn.')
+
+
+def dynamic(prefix):
+    return {prefix + name for name in ('routing.weight', 'routing.bias', 'cond_conv.weight')}
+
+
+def dcnv4(prefix):
+    layers = ('offset_mask', 'value_proj', 'output_proj')
+    return {f'{prefix}{layer}.{name}' for layer in layers for name in ('weight', 'bias')}
+
+
+C2F = conv('cv1.') | conv('cv2.')
+C3K = C2F | conv('m.0.cv1.') | conv('m.0.cv2.') | conv('m.0.cv3.')
+
+
 def shuffled(module):
     """A module whose weights are far from their initial zeros and ones."""
     torch.manual_seed(0)
@@ -36,24 +57,31 @@ def shuffled(module):
 @pytest.mark.parametrize(
     'block, keys',
     (
-        (blocks.DynamicConv(8, 16, 3, 2), 'routing.weight routing.bias cond_conv.weight'),
-        (
-            blocks.C2f_DCNv4(8, 16),
-            'm.0.cv1.conv.weight m.0.cv2.offset_mask.weight m.0.cv2.value_proj.weight m.0.cv2.output_proj.bias',
-        ),
+        (blocks.DynamicConv(8, 16, 3, 2), dynamic('')),
+        (blocks.C2f_DCNv4(8, 16), C2F | conv('m.0.cv1.') | dcnv4('m.0.cv2.')),
         (
             blocks.C2f_GhostModule_DynamicConv(8, 16),
-            'm.0.primary_conv.0.routing.weight m.0.primary_conv.1.weight m.0.cheap_operation.0.cond_conv.weight '
-            'm.0.cheap_operation.1.running_var',
+            C2F
+            | dynamic('m.0.primary_conv.0.')
+            | norm('m.0.primary_conv.1.')
+            | dynamic('m.0.cheap_operation.0.')
+            | norm('m.0.cheap_operation.1.'),
         ),
-        (blocks.C3k2_DynamicConv(8, 16), 'm.0.cv1.conv.weight m.0.cv2.cond_conv.weight m.0.cv2.routing.bias'),
-        (blocks.C3k2_DynamicConv(8, 16, c3k=True), 'm.0.cv3.conv.weight m.0.m.1.cv2.cond_conv.weight'),
-        (blocks.C3k2_DCNv4(8, 16, c3k=True), 'm.0.cv3.conv.weight m.0.m.1.cv2.value_proj.weight'),
+        (blocks.C3k2_DCNv4(8, 16), C2F | conv('m.0.cv1.') | dcnv4('m.0.cv2.')),
+        (blocks.C3k2_DynamicConv(8, 16), C2F | conv('m.0.cv1.') | dynamic('m.0.cv2.')),
+        (
+            blocks.C3k2_DCNv4(8, 16, c3k=True),
+            C3K | conv('m.0.m.0.cv1.') | dcnv4('m.0.m.0.cv2.') | conv('m.0.m.1.cv1.') | dcnv4('m.0.m.1.cv2.'),
+        ),
+        (
+            blocks.C3k2_DynamicConv(8, 16, c3k=True),
+            C3K | conv('m.0.m.0.cv1.') | dynamic('m.0.m.0.cv2.') | conv('m.0.m.1.cv1.') | dynamic('m.0.m.1.cv2.'),
+        ),
     ),
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else '',
 )
 def test_keys_are_those_that_circulate(block, keys):
-    assert set(keys.split()) <= set(block.state_dict())
+    assert set(block.state_dict()) == keys
 
 
 def test_experts_are_stored_flat_and_mixed_by_four_groups_of_points():
@@ -125,6 +153,16 @@ def test_stride_and_padding_of_plain_rows():
         assert blocks.DCNv4Conv(8, 16, k, s, p).eval()(x).shape == expected
         assert blocks.DynamicConv(8, 16, k, s, p)(x).shape == expected
     assert isinstance(blocks.DCNv4Conv(8, 16, act=False).act, nn.Identity)
+
+
+def test_plain_rows_of_dcnv4_take_pairs():
+    x = torch.randn(1, 8, 17, 12)
+    square, pairs = (shuffled(blocks.DCNv4Conv(8, 8, *sizes)).eval() for sizes in ((3, 2), ((3, 3), [2, 2])))
+    torch.testing.assert_close(pairs(x), square(x), rtol=0, atol=0)
+    assert blocks.DCNv4Conv(8, 8, (3, 5)).eval()(x).shape == x.shape
+    assert blocks.DCNv4Conv(8, 8, [5, 3], d=(1, 2)).eval()(x).shape == x.shape
+    with pytest.raises(TypeError, match=r'k must be an int or a \(height, width\) pair of ints, got \(3, 3, 3\)'):
+        blocks.DCNv4Conv(8, 8, (3, 3, 3))
 
 
 def test_plain_rows_of_dcnv4_learn_from_the_start():

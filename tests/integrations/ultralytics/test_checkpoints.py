@@ -156,8 +156,9 @@ def test_code_in_a_checkpoint_does_not_run(hand_patched, without_patches, tmp_pa
     assert (tmp_path / 'exec.pt').exists()  # read without it
 
 
-def test_a_configuration_does_not_run_either(hand_patched, without_patches, tmp_path):
+def test_a_configuration_does_not_run_either(hand_patched, without_patches, tmp_path, monkeypatch):
     """ultralytics evaluates a configuration's activation, and resolves names of whole models with their own."""
+    monkeypatch.setattr(tasks, 'OfAnother', type('OfAnother', (nn.Module,), {}), raising=False)
     trap = tmp_path / 'trap'
     code = f"__import__('pathlib').Path({str(trap)!r}).touch()"
     nested = {'nc': 1, 'activation': code, 'backbone': [], 'head': [[-1, 1, 'Detect', ['nc']]]}
@@ -165,7 +166,8 @@ def test_a_configuration_does_not_run_either(hand_patched, without_patches, tmp_
         ({'activation': code}, 'its activation must be a call such as nn.SiLU'),
         ({'activation': f'nn.SiLU({code})'}, 'its activation must be a call such as nn.SiLU'),
         ({'activation': code.encode()}, 'TypeError'),
-        ({'head': [[-1, 1, 'DetectionModel', [nested]]]}, 'DetectionModel is no layer'),
+        ({'head': [[-1, 1, 'DetectionModel', [nested]]]}, "there is no block 'DetectionModel'"),
+        ({'head': [[-1, 1, 'OfAnother', [code]]]}, 'OfAnother is no layer'),
         ({'head': [[-1, 1, 'nn.Identity']]}, 'not enough values to unpack'),
         ({'head': None}, 'TypeError'),
     ):

@@ -22,6 +22,7 @@ TASKS = {
     '-obb': tasks.OBBModel,
     '-cls': tasks.ClassificationModel,
 }
+NAMES = {'': 'detect', '-seg': 'segment', '-pose': 'pose', '-obb': 'obb', '-cls': 'classify'}
 PAIRS = [
     (family, variant)
     for family in ('yolov8', 'yolo11')
@@ -93,7 +94,16 @@ def test_every_task(suffix):
         assert model.nc == 4 if hasattr(model, 'nc') else len(model.names) == 4
         with torch.no_grad():
             model(torch.rand(1, 3, 64, 64))
-        assert tasks.guess_model_task(config) in ('detect', 'segment', 'pose', 'obb', 'classify')
+        assert tasks.guess_model_task(config) == NAMES[suffix]
+
+
+@pytest.mark.parametrize('suffix', TASKS)
+def test_every_scale_of_every_task(suffix):
+    for family, variant in (('yolo11', 'c3k2-dcnv4'), ('yolov8', 'dynamicconv')):
+        models = [on_meta(model_config(f'{family}{scale}{suffix}', variant))[0] for scale in 'nsmlx']
+        sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in models]
+        assert sizes == sorted(set(sizes))
+        assert {tasks.guess_model_task(model) for model in models} == {NAMES[suffix]}
 
 
 def test_which_rows_the_variants_replace():
@@ -206,6 +216,14 @@ def test_names():
         (('yolov8n', 'c3k2-dcnv4'), 'yolov8n has no C3k2 to replace'),
         (('yolov8n-cls', 'dcnv4-head'), 'yolov8n-cls has no C2f or C3k2 to replace'),
         (('yolo11n', {'C3k2': 'C3k2_DCNV4'}), "there is no block 'C3k2_DCNV4'; did you mean C3k2_DCNv4"),
+        (('yolo11n', {'C3k2': None}), 'there is no block None'),
+        (('yolo11n', {'C3k2': 'DetectionModel'}), "there is no block 'DetectionModel'"),
+        (('yolo11n', {'C3K2': 'C3k2_DCNv4'}), r'yolo11n has no C3K2 to replace there; did you mean C3k2\?'),
+        (('yolo11n', {}), 'variant must say which blocks to replace, got {}'),
+        (('yolo11n', 123), 'variant must be one of dcnv4-backbone, .* or a mapping, got 123$'),
+        (('yolo11n', ['c3k2-dcnv4']), r"variant must be one of .*, got \['c3k2-dcnv4'\]"),
+        ((None, 'c3k2-dcnv4'), 'base must be a model of ultralytics with its scale, got None$'),
+        *((('yolo11n', None, nc), f'nc must be a positive int, got {nc!r}') for nc in (0, -3, 'abc', 2.5, True)),
     ),
 )
 def test_what_is_refused(arguments, message):
@@ -216,6 +234,10 @@ def test_what_is_refused(arguments, message):
 def test_more_that_is_refused():
     with pytest.raises(ValueError, match='where goes with a mapping'):
         model_config('yolo11n', 'c3k2-dcnv4', where=lambda row: True)
+    with pytest.raises(ValueError, match=r'has no C3k2 to replace there$'):
+        model_config('yolo11n', {'C3k2': 'C3k2_DCNv4'}, where=lambda row: False)
+    with pytest.raises(ValueError, match='pretrained goes with a backbone, got True without one'):
+        model_config('yolo11n', pretrained=True)
     with pytest.raises(ValueError, match="timm has no model 'dcnv4_huge'"):
         model_config('yolo11n', backbone='dcnv4_huge')
     with pytest.raises(ValueError, match='must take maps at strides 8, 16 and 32 only, not at 4'):

@@ -19,6 +19,10 @@ from dcnzoo.integrations.ultralytics import RegistrationError, blocks, model_con
 from .conftest import SETTINGS
 
 
+class Unregistered(nn.Identity):
+    """A module that neither ultralytics nor dcnzoo knows."""
+
+
 def stock_yaml(base):
     (path,) = (ROOT / 'cfg' / 'models').rglob(f'{base}.yaml')
     return yaml.safe_load(path.read_text())
@@ -167,13 +171,23 @@ def test_restricted_loading_admits_the_blocks(tmp_path, fresh):
     paths = [tmp_path / f'{config.name}.pt' for config in configs]
     for config, path in zip(configs, paths, strict=True):
         YOLO(config).save(path)
+    with_another = YOLO(configs[0])
+    with_another.model.model[2].m[0] = Unregistered()
+    with_another.save(tmp_path / 'another.pt')
     code = """if True:
         import sys
         import dcnzoo.integrations.ultralytics
         from ultralytics import YOLO
-        print(*(len(YOLO(path).model.names) for path in sys.argv[1:]))
+        *admitted, another = sys.argv[1:]
+        print(*(len(YOLO(path).model.names) for path in admitted))
+        try:
+            YOLO(another)
+        except TypeError as error:
+            print(error)
     """
-    assert fresh(code, *paths, ULTRALYTICS_SAFE_LOAD='1').split()[-9:] == ['2'] * 9
+    *_, admitted, refused = fresh(code, *paths, tmp_path / 'another.pt', ULTRALYTICS_SAFE_LOAD='1').splitlines()
+    assert admitted.split() == ['2'] * 9
+    assert 'another.pt references types outside the supported' in refused
 
 
 def test_processes_of_distributed_training_know_the_blocks(tmp_path, images, fresh):
