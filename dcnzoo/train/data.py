@@ -170,15 +170,21 @@ def stream_complaint(splits: Splits, config: Config, processes: int) -> str | No
     """
     if not isinstance(splits.train, IterableDataset):
         return None
-    lengths = getattr(getattr(splits.train.reader, 'split_info', None), 'shard_lengths', None) or ()
-    workers = processes * max(1, config.data.workers)
-    share = sum(lengths) / workers
-    if not lengths or (len(set(lengths)) == 1 and len(lengths) % workers == 0 and share % config.data.batch_size == 0):
+    reader, workers = splits.train.reader, processes * max(1, config.data.workers)
+    lengths = getattr(getattr(reader, 'split_info', None), 'shard_lengths', None) or ()
+    equal = len(set(lengths)) == 1 and len(lengths) % workers == 0
+    hugging_face = type(reader).__name__ == 'ReaderHfids'
+    resharded = hugging_face and reader.download  # into one shard per worker
+    images = reader.num_samples
+    whole = images % (workers * config.data.batch_size) == 0
+    if whole and (workers == 1 or equal or resharded):
         return None
+    what = f'{len(lengths)} shards of {min(lengths)} to {max(lengths)} images' if lengths else f'{images} images'
+    at_random = 'hfds/ for hfids/' if hugging_face else 'an empty data.dataset'
     return (
-        f'{len(lengths)} shards of {min(lengths)} to {max(lengths)} images do not divide among {workers} workers and '
-        f'batches of {config.data.batch_size}: an epoch of this stream repeats some images and leaves others out; '
-        f'read at random (an empty data.dataset), it would not'
+        f'{what} {"may" if whole and not lengths else "do"} not divide among {workers} workers and batches of '
+        f'{config.data.batch_size}: an epoch of this stream repeats some images and leaves others out; read at random '
+        f'({at_random}), it would not'
     )
 
 
