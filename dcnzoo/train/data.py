@@ -75,7 +75,7 @@ def _check_name(data: DataConfig) -> str:
             f'data.dataset: unknown data set {data.dataset!r}{nearest(prefix, READERS)}; leave it empty for an image '
             f'folder, or name one of {", ".join(f"{reader}/NAME" for reader in READERS)}'
         )
-    if not data.dataset and data.root is None:
+    if prefix.lower() in ('', 'wds') and data.root is None:
         raise TrainError('data.root is missing: give the folder of the images with --data.root DIR')
     return prefix.lower()
 
@@ -83,6 +83,10 @@ def _check_name(data: DataConfig) -> str:
 def _create(name: str, **kwargs: Any) -> Dataset:
     """timm's create_dataset, whose complaints end the run with one line."""
     try:
+        if name.lower().startswith('wds/'):
+            from .streams import open_stream  # and webdataset, which is optional
+
+            return open_stream(name, **kwargs)
         return create_dataset(name, **kwargs)
     except ModuleNotFoundError as error:
         raise TrainError(f'data.dataset {name!r} needs the package {error.name}: pip install {error.name}') from None
@@ -227,7 +231,7 @@ def build_loaders(
         labels = num_classes if data.multi_label else None
         sampler = None
         if streamed:
-            samples = StreamedSamples(dataset, transform, shape, train, labels)
+            samples = StreamedSamples(dataset, transform, shape, config.run.seed, train, labels)
             samples.set_loader_cfg(num_workers=data.workers)
         else:
             attempts = unreadable_limit(splits, config) + 1 if train else 1

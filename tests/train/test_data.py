@@ -323,6 +323,25 @@ def test_datasets_of_hugging_face(own_photos, tmp_path, name):
     assert sorted(target for _, targets, _ in val for target in targets.tolist()) == [0] * 5 + [1] * 5 + [2] * 5
 
 
+def test_an_epoch_of_a_stream_does_not_depend_on_those_before(photos, tmp_path):
+    """Neither its order nor its augmentation."""
+    pytest.importorskip('datasets')
+    data = DataConfig(
+        root=str(tmp_path / 'cache'), dataset=f'hfids/{photos}', val_split='validation', batch_size=6, workers=0,
+        download=True,
+    )  # fmt: skip
+
+    def epochs(*numbers):
+        train, _ = build_loaders(open_splits(data), Config(data=data), INPUT, pin_memory=False)
+        for number in numbers:
+            train.dataset.set_epoch(number)
+            images = torch.cat([images for images, *_ in train])
+        return images
+
+    assert torch.equal(epochs(0, 1), epochs(1))
+    assert not torch.equal(epochs(1), epochs(0))
+
+
 @pytest.mark.parametrize('batch_size, workers, download, complaint', [
     (6, 0, True, None),
     (6, 2, True, None),
