@@ -190,9 +190,9 @@ def test_validation_on_a_stream_is_exact(numbered, ranks, workers):
     assert sorted(number for numbers in shares for number in numbers) == list(range(VAL))
 
 
-def first_epoch(shards):
+def first_epoch(shards, workers=0):
     """Complaints of a stream's first epoch, and how many images it has."""
-    config = Config(data=DataConfig(root=str(shards), dataset='wds/x', workers=0, batch_size=6))
+    config = Config(data=DataConfig(root=str(shards), dataset='wds/x', workers=workers, batch_size=6))
     loader, _ = build_loaders(open_splits(config.data), config, INPUT, pin_memory=False)
     batches = list(loader)
     return [complaint for *_, each in batches for complaint in each], sum(len(images) for images, *_ in batches)
@@ -208,12 +208,13 @@ def test_a_shard_that_is_cut_off(numbered, tmp_path):
     assert images == TRAIN
 
 
-def test_no_image_of_a_stream_can_be_read(numbered, tmp_path):
+@pytest.mark.parametrize('workers', [0, 1])
+def test_no_image_of_a_stream_can_be_read(numbered, tmp_path, workers):
     write_shards(numbered / 'photos', tmp_path / 'shards', ['train', 'val'], size=20)
     for number in range(TRAIN):
         break_image(tmp_path / 'shards', number)
-    with pytest.raises(TrainError, match=r'no image of the stream can be read; the last is .*train-0000'):
-        first_epoch(tmp_path / 'shards')
+    with pytest.raises(TrainError, match=r'^no image of the stream can be read; the last is .*train-0000'):
+        first_epoch(tmp_path / 'shards', workers)
 
 
 def test_too_few_shards(numbered):
