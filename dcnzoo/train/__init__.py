@@ -4,7 +4,8 @@ main.py        one run from its configuration to its summary
 arguments.py   the command line and YAML files       config.py    every setting, typed
 launch.py      accelerate's engine                   assemble.py  puts a run together
 data.py        data sets, loaders, batches           samples.py   images one by one, and their order
-shards.py      few large files instead of many       unreadable.py  images that cannot be read
+shards.py      few large files instead of many       streams.py   these from end to end
+unreadable.py  images that cannot be read
 model.py       the network and its optimizer         task.py      the loss, with a teacher or without
 schedule.py    the learning rate                     guard.py     numbers that are not finite
 loop.py        epochs, updates, interruption         evaluate.py  validation

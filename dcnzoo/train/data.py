@@ -75,7 +75,7 @@ def _check_name(data: DataConfig) -> str:
             f'data.dataset: unknown data set {data.dataset!r}{nearest(prefix, READERS)}; leave it empty for an image '
             f'folder, or name one of {", ".join(f"{reader}/NAME" for reader in READERS)}'
         )
-    if not data.dataset and data.root is None:
+    if prefix.lower() in ('', 'wds') and data.root is None:
         raise TrainError('data.root is missing: give the folder of the images with --data.root DIR')
     return prefix.lower()
 
@@ -83,6 +83,10 @@ def _check_name(data: DataConfig) -> str:
 def _create(name: str, **kwargs: Any) -> Dataset:
     """timm's create_dataset, whose complaints end the run with one line."""
     try:
+        if name.lower().startswith('wds/'):
+            from .streams import open_stream  # and webdataset, which is optional
+
+            return open_stream(name, **kwargs)
         return create_dataset(name, **kwargs)
     except ModuleNotFoundError as error:
         raise TrainError(f'data.dataset {name!r} needs the package {error.name}: pip install {error.name}') from None
@@ -170,15 +174,21 @@ def stream_complaint(splits: Splits, config: Config, processes: int) -> str | No
     """
     if not isinstance(splits.train, IterableDataset):
         return None
-    lengths = getattr(getattr(splits.train.reader, 'split_info', None), 'shard_lengths', None) or ()
-    workers = processes * max(1, config.data.workers)
-    share = sum(lengths) / workers
-    if not lengths or (len(set(lengths)) == 1 and len(lengths) % workers == 0 and share % config.data.batch_size == 0):
+    reader, workers = splits.train.reader, processes * max(1, config.data.workers)
+    lengths = getattr(getattr(reader, 'split_info', None), 'shard_lengths', None) or ()
+    equal = len(set(lengths)) == 1 and len(lengths) % workers == 0
+    hugging_face = type(reader).__name__ == 'ReaderHfids'
+    resharded = hugging_face and reader.download  # into one shard per worker
+    images = reader.num_samples
+    whole = images % (workers * config.data.batch_size) == 0
+    if whole and (workers == 1 or equal or resharded):
         return None
+    what = f'{len(lengths)} shards of {min(lengths)} to {max(lengths)} images' if lengths else f'{images} images'
+    at_random = 'hfds/ for hfids/' if hugging_face else 'an empty data.dataset'
     return (
-        f'{len(lengths)} shards of {min(lengths)} to {max(lengths)} images do not divide among {workers} workers and '
-        f'batches of {config.data.batch_size}: an epoch of this stream repeats some images and leaves others out; '
-        f'read at random (an empty data.dataset), it would not'
+        f'{what} {"may" if whole and not lengths else "do"} not divide among {workers} workers and batches of '
+        f'{config.data.batch_size}: an epoch of this stream repeats some images and leaves others out; read at random '
+        f'({at_random}), it would not'
     )
 
 
@@ -221,7 +231,7 @@ def build_loaders(
         labels = num_classes if data.multi_label else None
         sampler = None
         if streamed:
-            samples = StreamedSamples(dataset, transform, shape, train, labels)
+            samples = StreamedSamples(dataset, transform, shape, config.run.seed, train, labels)
             samples.set_loader_cfg(num_workers=data.workers)
         else:
             attempts = unreadable_limit(splits, config) + 1 if train else 1

@@ -15,7 +15,9 @@ class TrainError(Exception):
     """
 
     def __init__(self, message: str, usage: bool = False, local: bool = False):
-        super().__init__(' '.join(str(message).split()))
+        line = ' '.join(str(message).split())
+        # PyTorch puts the traceback before what a loading process raised
+        super().__init__(line.rpartition(f'{__name__}.TrainError: ')[2])
         self.status = 2 if usage else 1
         self.local = local
 

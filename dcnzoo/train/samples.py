@@ -1,17 +1,17 @@
 """Images one by one: decoded, augmented, and named where they cannot be read; and their order.
 
 Every random choice is a function of the seed and of a position (epoch, image, batch), never of what was drawn before: a
-resumed run sees the same images with the same augmentation, and so does another number of workers.
+resumed run sees the same images with the same augmentation, and so does another number of workers. Of a stream, the
+position is (epoch, process, worker, place), so that its order and augmentation need the same number of both; and the
+order of `tfds/` is that of TensorFlow, which no resumed run repeats.
 """
 
 import io
-import logging
 import random
 import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,9 @@ import torch
 from PIL import Image
 from timm.data.target_transforms import MultiLabelTarget
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
+
+from .errors import TrainError
 
 BYTES = re.compile(r'<_io\.BytesIO object at \w+>')  # what PIL calls a file that is read from an archive
 # what PIL and its decoders raise on files that are damaged, cut short, or no images
@@ -163,13 +165,13 @@ class RepeatedSampler(Sampler[int]):
 class StreamedSamples(IterableDataset):
     """Decoded and augmented images of a data set that is read as a stream, which timm's reader shares out.
 
-    Items are those of `Samples`, those for an image that cannot be read included. What timm's reader of webdataset
-    shards cannot read it leaves out itself.
+    Items are those of `Samples`, those for an image that cannot be read included.
 
     Args:
         dataset: a data set of timm.
         transform: from a PIL image to a uint8 tensor.
         shape: channels, height and width of that tensor.
+        seed: of the augmentation.
         replace: whether another image takes the place of one that cannot be read, as in training.
         num_classes: where an image has several labels, the length of the vector that they become; else None.
     """
@@ -179,6 +181,7 @@ class StreamedSamples(IterableDataset):
         dataset: IterableDataset,
         transform: Callable,
         shape: tuple[int, ...],
+        seed: int,
         replace: bool = False,
         num_classes: int | None = None,
     ):
@@ -187,39 +190,55 @@ class StreamedSamples(IterableDataset):
         self.dataset = dataset
         self.transform = transform
         self.shape = shape
+        self.seed = seed
+        self.rank = getattr(getattr(dataset, 'reader', None), 'dist_rank', 0)
         self.replace = replace
         self.encode, self.missing = target_encoding(dataset, num_classes)
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that outlive the epoch
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
         self.dataset.set_epoch(epoch)
 
     def set_loader_cfg(self, num_workers: int) -> None:
         self.dataset.set_loader_cfg(num_workers=num_workers)
 
     def __iter__(self) -> Iterator[tuple[Tensor, int | Tensor, list[str]]]:
-        item, owed = None, 0
-        with _complaints_of_reader() as complaints:
-            for image, target in self.dataset:
-                if not isinstance(image, str):
-                    item, copies, owed = (image, self.encode(target)), 1 + owed, 0
-                else:
-                    complaints.append(image)
-                    if self.replace:  # by the next one
-                        owed += 1
-                        continue
-                    item, copies = (torch.zeros(self.shape, dtype=torch.uint8), self.missing), 1
-                for _ in range(copies):
-                    yield *item, list(complaints)
-                    complaints.clear()
-            for _ in range(owed if item else 0):
+        item, owed, complaints = None, 0, []
+        for image, target in self._seeded():
+            if not isinstance(image, str):
+                item, copies, owed = (image, self.encode(target)), 1 + owed, 0
+            else:
+                complaints.append(image)
+                if self.replace:  # by the next one
+                    owed += 1
+                    continue
+                item, copies = (torch.zeros(self.shape, dtype=torch.uint8), self.missing), 1
+            for _ in range(copies):
                 yield *item, list(complaints)
                 complaints.clear()
+        if owed and item is None:
+            raise TrainError(f'no image of the stream can be read; the last is {complaints[-1]}')
+        for _ in range(owed):
+            yield *item, list(complaints)
+            complaints.clear()
 
-    def _prepare(self, image: Image.Image | dict) -> Tensor | str:
+    def _seeded(self) -> Iterator[tuple[Tensor | str, Any]]:
+        """The data set's images, each transformed with draws of its own place in the stream."""
+        info = get_worker_info()
+        place = (self.seed, int(self.epoch), self.rank, info.id if info else 0)
+        seed_all(*place, 0)
+        for position, item in enumerate(self.dataset, start=1):
+            yield item
+            seed_all(*place, position)
+
+    def _prepare(self, image: Image.Image | dict | str) -> Tensor | str:
         """The image as a tensor, or why it cannot be read."""
+        if isinstance(image, str):
+            return image
         if not isinstance(image, dict):
             return self.transform(image)
         try:
@@ -252,22 +271,6 @@ def open_undecoded(image: dict) -> Image.Image:
 def describe(error: Exception) -> str:
     """Why an image cannot be read, in one line."""
     return ' '.join(BYTES.sub('', str(error)).split()) or type(error).__name__
-
-
-@contextmanager
-def _complaints_of_reader() -> Iterator[list[str]]:
-    """What timm's reader of webdataset shards logs about samples that it leaves out, which it does not name."""
-    complaints = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: complaints.append(' '.join(BYTES.sub('', record.getMessage()).split()))
-    logger = logging.getLogger('timm.data.readers.reader_wds')
-    disabled, logger.disabled = logger.disabled, False
-    logger.addHandler(handler)
-    try:
-        yield complaints
-    finally:
-        logger.removeHandler(handler)
-        logger.disabled = disabled
 
 
 def collate(samples: list[tuple[Tensor, int | Tensor, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:

@@ -16,6 +16,7 @@ from dcnzoo.train.data import (
     Splits,
     build_loaders,
     open_splits,
+    stream_complaint,
     unreadable_limit,
 )
 from dcnzoo.train.errors import TrainError
@@ -320,6 +321,44 @@ def test_datasets_of_hugging_face(own_photos, tmp_path, name):
     complaints = [complaint for *_, each in batches for complaint in each]
     assert len(complaints) == 1 and str(bad) in complaints[0], complaints
     assert sorted(target for _, targets, _ in val for target in targets.tolist()) == [0] * 5 + [1] * 5 + [2] * 5
+
+
+def test_an_epoch_of_a_stream_does_not_depend_on_those_before(photos, tmp_path):
+    """Neither its order nor its augmentation."""
+    pytest.importorskip('datasets')
+    data = DataConfig(
+        root=str(tmp_path / 'cache'), dataset=f'hfids/{photos}', val_split='validation', batch_size=6, workers=0,
+        download=True,
+    )  # fmt: skip
+
+    def epochs(*numbers):
+        train, _ = build_loaders(open_splits(data), Config(data=data), INPUT, pin_memory=False)
+        for number in numbers:
+            train.dataset.set_epoch(number)
+            images = torch.cat([images for images, *_ in train])
+        return images
+
+    assert torch.equal(epochs(0, 1), epochs(1))
+    assert not torch.equal(epochs(1), epochs(0))
+
+
+@pytest.mark.parametrize('batch_size, workers, download, complaint', [
+    (6, 0, True, None),
+    (6, 2, True, None),
+    (6, 2, False, '36 images may not divide among 2 workers and batches of 6'),
+    (8, 0, True, '36 images do not divide among 1 workers and batches of 8'),
+])  # fmt: skip
+def test_an_epoch_that_is_not_every_image_once(photos, tmp_path, batch_size, workers, download, complaint):
+    """As timm fills the last batch of each worker, and deals out the files of a stream as they are."""
+    pytest.importorskip('datasets')
+    data = DataConfig(
+        root=str(tmp_path / 'cache'), dataset=f'hfids/{photos}', val_split='validation', batch_size=batch_size,
+        workers=workers, download=True,
+    )  # fmt: skip
+    splits = open_splits(data)
+    splits.train.reader.download = download
+    said = stream_complaint(splits, Config(data=data), processes=1)
+    assert said is None if complaint is None else said.startswith(complaint)
 
 
 def test_batch_transform():

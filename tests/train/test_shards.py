@@ -1,22 +1,34 @@
 """Data at scale: shards, and what each of several ranks sees of them."""
 
 import json
+import shutil
 import tarfile
 from collections import Counter
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from timm.data import create_dataset
 
 from dcnzoo.train.arguments import parse
-from dcnzoo.train.data import open_splits
+from dcnzoo.train.config import AugmentConfig, Config, DataConfig
+from dcnzoo.train.data import build_loaders, open_splits
+from dcnzoo.train.errors import TrainError
 from dcnzoo.train.shards import ShardReader, write_shards
 
 from .conftest import settings
 from .ranks import Ranks
 
 TRAIN, VAL = 72, 25
+INPUT = {
+    'input_size': (3, 8, 8),
+    'mean': (0.5,) * 3,
+    'std': (0.5,) * 3,
+    'interpolation': 'bilinear',
+    'crop_pct': 1.0,
+    'crop_mode': 'center',
+}
 
 
 @pytest.fixture(scope='module')
@@ -37,20 +49,12 @@ def see(arguments, folder):
     from accelerate import skip_first_batches
     from torch.utils.data import IterableDataset
 
-    from dcnzoo.train.data import build_loaders
     from dcnzoo.train.launch import build_accelerator
 
     config = parse(arguments)
     accelerator = build_accelerator(config)
     splits = open_splits(config.data)
-    colours = {
-        'mean': (0.5,) * 3,
-        'std': (0.5,) * 3,
-        'interpolation': 'bilinear',
-        'crop_pct': 1.0,
-        'crop_mode': 'center',
-    }
-    loaders = build_loaders(splits, config, {'input_size': (3, 8, 8), **colours}, False, 2, accelerator.num_processes)
+    loaders = build_loaders(splits, config, INPUT, False, 2, accelerator.num_processes)
     if not isinstance(splits.train, IterableDataset):
         loaders = accelerator.prepare(*loaders)
     seen = {}
@@ -89,11 +93,13 @@ def test_every_image_once(numbered, tmp_path, count, form):
 
 @pytest.mark.parametrize('count', [2, 3])
 def test_every_image_of_a_stream_once(numbered, tmp_path, count):
-    """timm's reader of webdataset, where shards, ranks and batches divide."""
+    """In training where shards, ranks and batches divide, in validation always."""
     seen = seen_by(count, tmp_path, data__root=numbered / 'shards', data__dataset='wds/numbered', data__workers=1)
     for epoch in ('first', 'second'):
         numbers = Counter(number for rank in seen for number, _ in rank[epoch])
         assert numbers == Counter(range(TRAIN))
+    assert Counter(number for rank in seen for number, _ in rank['val']) == Counter(range(VAL))
+    assert seen[0]['first'] != seen[0]['second']
 
 
 def test_each_version_of_an_image_on_its_own_rank(numbered, tmp_path):
@@ -150,13 +156,101 @@ def test_unreadable_images_in_shards(numbered, tmp_path, train):
     assert errors[-1].startswith('warning: 2 images could not be read')
 
     stream = settings(
-        tmp_path / 'shards', tmp_path / 'stream', schedule__epochs=1, augment__crop_mode='none', data__dataset='wds/x',
+        tmp_path / 'shards', tmp_path / 'stream', schedule__epochs=2, augment__crop_mode='none', data__dataset='wds/x',
         model__num_classes=2, data__batch_size=7,
     )  # fmt: skip
     status, _, errors = train(stream)
     assert status == 0
     assert errors[0].startswith('warning: 4 shards of 18 to 18 images do not divide among 1 workers and batches of 7')
-    assert len((tmp_path / 'stream' / 'unreadable.txt').read_text().splitlines()) == 1
+    lines = (tmp_path / 'stream' / 'unreadable.txt').read_text().splitlines()
+    assert sorted(line.split(': ')[0] for line in lines) == sorted(name.removesuffix('.png') for name in names)
+    assert errors[-1].startswith('warning: 2 images could not be read')
+
+    status, _, errors = train([*stream, '--data.max_unreadable', 1, '--run.output', tmp_path / 'limited'])
+    assert status == 1
+    assert errors[-1].startswith('error: more than 1 unreadable images (data.max_unreadable)')
+
+
+def validated(shards, rank, ranks, workers):
+    """Numbers of the validation images of a stream that a rank has."""
+    data = DataConfig(root=str(shards), dataset='wds/x', workers=workers, batch_size=6)
+    splits = open_splits(data)
+    for dataset in (splits.train, splits.val):
+        dataset.reader.dist_rank, dataset.reader.dist_num_replicas = rank, ranks
+    config = Config(data=data, augment=AugmentConfig(crop_mode='none'))
+    _, loader = build_loaders(splits, config, INPUT, pin_memory=False)
+    assert len(splits.val) == VAL
+    return [number for images, *_ in loader for number in images[:, 0, 0, 0].tolist()]
+
+
+@pytest.mark.parametrize('ranks, workers', [(1, 2), (2, 2), (4, 0), (7, 1)])
+def test_validation_on_a_stream_is_exact(numbered, ranks, workers):
+    """With shards that do not divide among the workers, or are fewer."""
+    shares = [validated(numbered / 'shards', rank, ranks, workers) for rank in range(ranks)]
+    assert sorted(number for numbers in shares for number in numbers) == list(range(VAL))
+
+
+def first_epoch(shards, workers=0):
+    """Complaints of a stream's first epoch, and how many images it has."""
+    config = Config(data=DataConfig(root=str(shards), dataset='wds/x', workers=workers, batch_size=6))
+    loader, _ = build_loaders(open_splits(config.data), config, INPUT, pin_memory=False)
+    batches = list(loader)
+    return [complaint for *_, each in batches for complaint in each], sum(len(images) for images, *_ in batches)
+
+
+def test_a_shard_that_is_cut_off(numbered, tmp_path):
+    """Is named, and the image whose label it lost; those of the others take their places."""
+    write_shards(numbered / 'photos', tmp_path / 'shards', ['train', 'val'], size=20)
+    shard = tmp_path / 'shards' / 'train-00001.tar'
+    shard.write_bytes(shard.read_bytes()[:5000])
+    complaints, images = first_epoch(tmp_path / 'shards')
+    assert sorted(set(complaints)) == [f"{shard}/00001_000002: no field 'cls'", f'{shard}: unexpected end of data']
+    assert images == TRAIN
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_no_image_of_a_stream_can_be_read(numbered, tmp_path, workers):
+    write_shards(numbered / 'photos', tmp_path / 'shards', ['train', 'val'], size=20)
+    for number in range(TRAIN):
+        break_image(tmp_path / 'shards', number)
+    with pytest.raises(TrainError, match=r'^no image of the stream can be read; the last is .*train-0000'):
+        first_epoch(tmp_path / 'shards', workers)
+
+
+def test_too_few_shards(numbered):
+    with pytest.raises(TrainError, match='12 shards are too few for 13 loading processes'):
+        validated(numbered / 'shards', 0, 13, 1)
+
+
+@pytest.fixture(scope='module')
+def streamed(numbered, tmp_path_factory):
+    """A finished run on a stream, with all its checkpoints, and its arguments."""
+    output = tmp_path_factory.mktemp('streamed') / 'run'
+    arguments = settings(
+        numbered / 'shards', output, data__dataset='wds/x', model__num_classes=2, data__workers=2, data__batch_size=6,
+        schedule__epochs=3, run__checkpoint_every=1, run__keep=50,
+    )  # fmt: skip
+    ranks = Ranks(output.parent / 'logs', 1, arguments)
+    assert ranks.wait() == [0], ranks.text()
+    return output, arguments
+
+
+@pytest.mark.parametrize('position', ['epoch_0001_batch_00000000', 'epoch_0001_batch_00000005'])
+def test_a_resumed_stream_goes_on_as_if_it_had_not_stopped(streamed, tmp_path, position):
+    """Bit for bit, from the end of an epoch and from within one."""
+    output, arguments = streamed
+    shutil.copytree(output, tmp_path / 'run')
+    checkpoints = tmp_path / 'run' / 'checkpoints'
+    assert (checkpoints / position).is_dir()
+    for folder in checkpoints.iterdir():
+        if folder.name > position:
+            shutil.rmtree(folder)
+    ranks = Ranks(tmp_path / 'logs', 1, [*arguments, '--run.output', tmp_path / 'run', '--resume', 'auto'])
+    assert ranks.wait() == [0], ranks.text()
+    assert f'resumed {checkpoints / position}' in ranks.text()
+    last = 'checkpoints/epoch_0003_batch_00000000/model.safetensors'
+    ours, theirs = load_file(tmp_path / 'run' / last), load_file(output / last)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_two_ranks_name_an_image_once(numbered, tmp_path):
