@@ -305,11 +305,16 @@ class Trainer:
         return metrics_of(evaluator, self.accelerator)
 
     def validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share; where a forward pass takes all processes, as many batches as any has, if empty ones."""
+        sharded, count = is_sharded(self.accelerator), 0
         for images, targets, complaints in self.data.val_loader:
             self.unreadable.note(complaints)
+            count += 1
             yield images, targets
-            if self.timing.signal.number:
+            if self.timing.signal.number and not sharded:
                 return
+        for _ in range(max(gather_object([count])) - count if sharded else 0):
+            yield images[:0], targets[:0]
 
     def finish_epoch(self, metrics: dict[str, float]) -> None:
         """Records the epoch, publishes best and last, saves, and moves the state to the next epoch."""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
 from timm.utils import ModelEmaV3
 
-from dcnzoo.train import launch
+from dcnzoo.train import launch, loop
 from dcnzoo.train.arguments import parse
 from dcnzoo.train.launch import asked_processes, launched_processes
 from dcnzoo.train.loop import Trainer
@@ -179,6 +179,19 @@ def test_a_short_last_group_weighs_as_a_full_one(photos, tmp_path, train, monkey
     arguments = settings(photos, tmp_path / 'run', data__batch_size=7, optim__accumulate=3, schedule__epochs=1)
     assert train(arguments)[0] == 0
     assert groups == [(3, False), (3, False), (3, True), (2, False), (2, True)]
+
+
+def test_where_weights_are_shared_all_processes_validate_as_many_batches(photos, tmp_path, train, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Trainer, 'fit', lambda self: seen.append(self) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(settings(photos, tmp_path / 'run', data__val_batch_size=4))
+    (trainer,) = seen
+    expected = trainer.validate(trainer.network.plain)
+    monkeypatch.setattr(loop, 'is_sharded', lambda accelerator: True)
+    monkeypatch.setattr(loop, 'gather_object', lambda counts: [*counts, counts[0] + 2])  # another process has two more
+    assert [len(images) for images, _ in trainer.validation_batches()] == [4, 4, 4, 3, 0, 0]
+    assert trainer.validate(trainer.network.plain) == expected
 
 
 def test_other_flags_optimizers_and_schedules(photos, tmp_path, train):
