@@ -380,10 +380,11 @@ def test_features_only_output_stride(name, output_stride):
     assert sizes == [(64 // reduction, 96 // reduction) for reduction in reductions]
 
 
+@pytest.mark.parametrize('rate', ['drop_rate', 'drop_path_rate'])
 @pytest.mark.parametrize('name', UP_TO_SMALL)
 @torch.no_grad()
-def test_dropout_and_stochastic_depth(name):
-    model = create(name, drop_rate=0.5, drop_path_rate=0.5)
+def test_dropout_and_stochastic_depth(name, rate):
+    model = create(name, **{rate: 0.5})
     expected = model(images())
     assert_same(model(images()), expected)
     model.train()

@@ -378,6 +378,10 @@ def test_batch_transform():
     assert soft.shape == (4, 3)
     torch.testing.assert_close(soft.sum(1), torch.ones(4))
     assert not torch.equal(mixed, normalized)
+    mix = BatchTransform(INPUT, AugmentConfig(mixup=0.8, mix_off_epoch=2), **destination)
+    for epoch, mixes in enumerate((True, True, False, False)):
+        mix.set_epoch(epoch)
+        assert torch.equal(mix(images, targets)[0], normalized) != mixes
     labels = torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 1, 1], [0, 0, 0]])
     mix = BatchTransform(INPUT, AugmentConfig(mixup=0.8), multi_label=True, **destination)
     assert mix(images, labels)[1].shape == labels.shape
