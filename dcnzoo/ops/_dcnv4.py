@@ -151,7 +151,7 @@ def _check(value, offset_mask, groups, geometry, offset_scale, remove_center, so
         raise TypeError(f'groups must be an int, got {groups!r}')
     if not isinstance(offset_scale, (int, float)) or isinstance(offset_scale, bool):
         raise TypeError(f'offset_scale must be a number, got {offset_scale!r}')
-    if isinstance(offset_scale, float) and not math.isfinite(offset_scale):
+    if not -math.inf < offset_scale < math.inf:  # math.isfinite cannot be traced
         raise ValueError(f'offset_scale must be finite, got {offset_scale!r}')
     for name, flag in (('remove_center', remove_center), ('softmax', softmax)):
         if not isinstance(flag, (bool, int)) or flag not in (0, 1):
