@@ -5,7 +5,7 @@ arguments.py   the command line and YAML files       config.py    every setting,
 launch.py      accelerate's engine                   assemble.py  puts a run together
 data.py        data sets, loaders, batches           samples.py   images one by one, and their order
 shards.py      few large files instead of many       streams.py   these from end to end
-unreadable.py  images that cannot be read
+cores.py       of the processor, and their share     unreadable.py  images that cannot be read
 model.py       the network and its optimizer         task.py      the loss, with a teacher or without
 schedule.py    the learning rate                     guard.py     numbers that are not finite
 loop.py        epochs, updates, interruption         evaluate.py  validation
