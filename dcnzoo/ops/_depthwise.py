@@ -1,6 +1,7 @@
-"""Depthwise convolution with kernels of each sample's own, by the compiled library, for channels_last maps on a CPU.
+"""Depthwise convolution with kernels of each sample's own, by the compiled library on a CPU.
 
-PyTorch convolves so only with the samples side by side as channels, which moves every value before and after.
+PyTorch convolves so only with the samples side by side as channels, which moves every value of channels_last maps before
+and after. A single sample it takes as it is, but needs longer to prepare than to convolve where the map is small.
 """
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 
 from ._library import chosen_backend, missing
 from ._linear import is_plain_call
+
+_SMALL_MAP = 1 << 17  # values, up to which preparing is what counts
+_VECTOR = 8  # channels, below which there is nothing to do side by side
 
 _convolve = torch.ops.dcnzoo.depthwise.default
 _backward = torch.ops.dcnzoo.depthwise_backward.default
@@ -25,14 +29,19 @@ def serves_depthwise(x: Tensor, kernels: Tensor, groups: int) -> bool:
         is_plain_call(x, kernels)  # first: while a graph is recorded, sizes are not to be compared
         and not torch.jit.is_tracing()
         and groups == x.shape[1]
-        and x.stride(1) == 1
-        and not x.is_contiguous()
-        # One sample is an ordinary convolution, of which only the gradients are slower.
-        and (x.shape[0] > 1 or (torch.is_grad_enabled() and x.requires_grad))
         and x.numel() > 0
+        and _gains(x, kernels)
         and chosen_backend(x.device) in (None, 'native')
         and missing('native') is None
     )
+
+
+def _gains(x: Tensor, kernels: Tensor) -> bool:
+    """Whether it is faster than PyTorch's convolution."""
+    if x.shape[0] > 1 or (torch.is_grad_enabled() and x.requires_grad):
+        return _is_channels_last(x)
+    trained = torch.is_grad_enabled() and kernels.requires_grad
+    return not trained and x.shape[1] >= _VECTOR and x.numel() <= _SMALL_MAP
 
 
 def depthwise(
@@ -41,7 +50,7 @@ def depthwise(
     """Convolves every channel of every sample with a kernel of its own; `serves_depthwise` says where.
 
     Args:
-        x: Maps, (N, C, H, W), channels_last.
+        x: Maps, (N, C, H, W), contiguous or channels_last.
         kernels: Kernels, (N, C * kh * kw).
         kernel_size: Size of the kernels.
         stride: Step of the output grid in pixels of the input.
@@ -49,13 +58,18 @@ def depthwise(
         dilation: Distance of the kernel's taps in pixels.
 
     Returns:
-        The output, (N, C, Ho, Wo), channels_last.
+        The output, (N, C, Ho, Wo), laid out as x.
     """
     window = (*kernel_size, *stride, *padding, *dilation)
     recorded = torch.is_grad_enabled() and (x.requires_grad or kernels.requires_grad)
     pixels = x.permute(0, 2, 3, 1)
     out = _Depthwise.apply(pixels, kernels, window) if recorded else _convolve(pixels, kernels, *window)
-    return out.permute(0, 3, 1, 2)
+    out = out.permute(0, 3, 1, 2)
+    return out if _is_channels_last(x) else out.contiguous()
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.stride(1) == 1 and not x.is_contiguous()
 
 
 class _Depthwise(torch.autograd.Function):
