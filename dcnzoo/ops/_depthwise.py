@@ -1,7 +1,7 @@
 """Depthwise convolution with kernels of each sample's own, by the compiled library on a CPU.
 
-PyTorch convolves so only with the samples side by side as channels, which moves every value of channels_last maps before
-and after. A single sample it takes as it is, but needs longer to prepare than to convolve where the map is small.
+PyTorch convolves so only with the samples side by side as channels, which moves every value of channels_last maps
+before and after. A single sample it takes as it is, but it prepares longer for a small map than it convolves.
 """
 
 import torch
@@ -41,7 +41,9 @@ def _gains(x: Tensor, kernels: Tensor) -> bool:
     if x.shape[0] > 1 or (torch.is_grad_enabled() and x.requires_grad):
         return _is_channels_last(x)
     trained = torch.is_grad_enabled() and kernels.requires_grad
-    return not trained and x.shape[1] >= _VECTOR and x.numel() <= _SMALL_MAP
+    packed = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    packed = packed and x.stride(0) == x.numel()  # of a map that stands for many, a convolution's output is contiguous
+    return not trained and packed and x.shape[1] >= _VECTOR and x.numel() <= _SMALL_MAP
 
 
 def depthwise(
@@ -65,7 +67,7 @@ def depthwise(
     pixels = x.permute(0, 2, 3, 1)
     out = _Depthwise.apply(pixels, kernels, window) if recorded else _convolve(pixels, kernels, *window)
     out = out.permute(0, 3, 1, 2)
-    return out if _is_channels_last(x) else out.contiguous()
+    return out if _is_channels_last(x) else out.clone(memory_format=torch.contiguous_format)
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -80,8 +80,10 @@ def convolve_mixed(
     # while a graph is recorded, one that is compared with something is no longer free.
     alone = n == 1 and _is_trained(x) and not _is_recorded()
     alone = alone and x.shape[2] * x.shape[3] * kernels.shape[1] >= 1 << 23
+    sliced = stride[0] > 1 or stride[1] > 1  # into sizes that a graph with free ones cannot compare with the output's
+    alone = alone or (sliced and _is_exported())
     if not grouped and not alone and _is_matrix_product(kernel_size, padding, groups):
-        if stride[0] > 1 or stride[1] > 1:
+        if sliced:
             x = x[:, :, :: stride[0], :: stride[1]]
         height, width = x.shape[2], x.shape[3]
         kernels = kernels.view(n, out_channels, channels)
@@ -213,13 +215,20 @@ def sum_over_taps(x, weight, routing, bias, kernel_size, stride, padding, dilati
     out = None
     for tap in range(kernel_h * kernel_w):
         top, left = tap // kernel_w * dilation[0], tap % kernel_w * dilation[1]
-        window = x[:, :, top : top + (out_h - 1) * stride[0] + 1, left : left + (out_w - 1) * stride[1] + 1]
-        window = window[:, :, :: stride[0], :: stride[1]].reshape(n, groups, channels // groups, out_h * out_w)
+        window = _take(_take(x, 2, top, out_h, stride[0]), 3, left, out_w, stride[1])
+        window = window.reshape(n, groups, channels // groups, out_h * out_w)
         kernel = kernels[..., tap]
         product = kernel * window if channels == groups else kernel @ window
         out = product if out is None else out + product
     out = out.reshape(n, out_channels, out_h, out_w)
     return out if bias is None else out + torch.matmul(routing, bias).reshape(n, out_channels, 1, 1)
+
+
+def _take(x, dim, first, size, step):
+    """Every step-th index from the first; by a slice, that many would be another formula, not known to be equal."""
+    if step == 1:
+        return x.narrow(dim, first, size)
+    return x.index_select(dim, torch.arange(size, device=x.device) * step + first)
 
 
 def _is_matrix_product(kernel_size: list[int], padding: list[int], groups: int) -> bool:
@@ -248,3 +257,10 @@ def _is_recorded() -> bool:
         return False
     else:
         return torch.compiler.is_compiling()
+
+
+def _is_exported() -> bool:
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return torch.compiler.is_exporting()

@@ -78,7 +78,9 @@ def test_inference_on_one_sample(layout, channels, size, num_experts, routing_ac
                 out = layer(view)
             with torch.no_grad(), use_backend('reference'):
                 expected = layer(view)
-            assert out.stride() == expected.stride()
+            for memory_format in (torch.contiguous_format, torch.channels_last):
+                kept = expected.is_contiguous(memory_format=memory_format)
+                assert out.is_contiguous(memory_format=memory_format) == kept
             assert_close(out, expected, rtol=1e-5, atol=1e-5)
     assert mixings.count == 3 * 5
 
@@ -282,6 +284,23 @@ def test_exports_any_size_with_gradients(batch, kernel_size, groups):
     for size in ((20, 30), (64, 64), (9, 300)):
         x = torch.randn(batch, 3, *size)
         assert_close(exported(x), model(x))
+
+
+@pytest.mark.parametrize('free_batch', [False, True])
+@pytest.mark.parametrize(
+    ('kernel_size', 'stride', 'groups', 'padding'),
+    [(1, 2, 1, ''), (3, 2, 1, ''), (3, 2, 8, ''), (5, (2, 3), 8, 'same'), (3, (1, 3), 2, (1, 2))],
+)
+def test_exports_any_size_with_strides(kernel_size, stride, groups, padding, free_batch):
+    layer = DynamicConv2d(8, 8, kernel_size, stride, padding, groups=groups)
+    shapes = {2: torch.export.Dim('height', min=8, max=2048), 3: torch.export.Dim('width', min=8, max=2048)}
+    if free_batch:
+        shapes[0] = torch.export.Dim('batch', min=1, max=16)
+    exported = torch.export.export(layer, (torch.randn(3, 8, 33, 40),), dynamic_shapes=(shapes,)).module()
+    for size in ((31, 18), (8, 9), (64, 64)):
+        for batch in (1, 5) if free_batch else (3,):
+            x = torch.randn(batch, 8, *size)
+            assert_close(exported(x), layer(x))
 
 
 def test_autocast_trains():

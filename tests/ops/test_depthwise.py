@@ -149,6 +149,7 @@ def test_a_single_small_sample_is_served_in_any_layout_unless_its_kernels_are_tr
     x, kernels = draw(1, 16, 5, 7), draw(1, 144)
     assert serves_depthwise(x, kernels, 16)
     assert serves_depthwise(channels_last(x), kernels, 16)
+    assert not serves_depthwise(channels_last(x).transpose(2, 3), kernels, 16)
     assert not serves_depthwise(x, kernels.requires_grad_(), 16)
     with torch.no_grad():
         assert serves_depthwise(x, kernels, 16)
