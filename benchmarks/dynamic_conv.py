@@ -69,6 +69,8 @@ class Result:
     seconds: Timing
     saved_bytes: int = 0
     """what the forward pass keeps for the backward pass"""
+    peak_bytes: int = 0
+    """the most that a call of the whole network holds at once, what it was given left out"""
 
 
 def layers() -> Counter[Layer]:
@@ -178,6 +180,15 @@ def make_call(module: nn.Module, x: Tensor, backward: bool) -> tuple[Callable[[]
     return train, saved
 
 
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most that the allocator has given out at once during a call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == '[memory]']
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
 def make_network(peer: str) -> nn.Module:
     """The whole network with the peer's convolutions."""
     model = timm.create_model(MODEL, num_experts=0 if peer == STATIC else EXPERTS)
@@ -252,13 +263,15 @@ def measure_modules(
     _, _, layout, direction = setting
     x = torch.randn(shape, device=options.device).to(memory_format=LAYOUTS[layout])
     training = DIRECTIONS[direction]
-    calls, saved = {}, {}
+    calls, saved, peaks = {}, {}, dict.fromkeys(modules, 0)
     for peer, module in modules.items():
         module.to(options.device, memory_format=LAYOUTS[layout]).train(training)
         call, saved[peer] = make_call(module, x, training)
+        if name == MODEL and options.device == 'cpu':
+            peaks[peer] = peak_bytes(call)
         calls[peer] = functools.partial(time_calls, call, device=options.device)
     timings = measure(calls, options.rounds, options.seconds / 10)
-    return [Result(peer, name, count, *setting, timing, saved[peer]) for peer, timing in timings.items()]
+    return [Result(peer, name, count, *setting, timing, saved[peer], peaks[peer]) for peer, timing in timings.items()]
 
 
 def chosen(results: list[Result], setting: tuple[int, int, str, str]) -> list[Result]:
@@ -322,12 +335,13 @@ def show_network(results: list[Result], setting: tuple[int, int, str, str]) -> N
             f'{result.seconds.median / static_seconds:.2f}',
             f'{result.seconds.shortest / part[STATIC].seconds.shortest:.2f}',
             f'{result.saved_bytes / 2**20:.0f}' if result.saved_bytes else '',
+            f'{result.peak_bytes / 2**20:.0f}' if result.peak_bytes else '',
         ]
         for peer, result in part.items()
     ]
     report.table(
         f'{MODEL}, {describe(setting)}',
-        ['', 'ms (median)', 'shortest', 'to static', 'shortest to static', 'kept (MiB)'],
+        ['', 'ms (median)', 'shortest', 'to static', 'shortest to static', 'kept (MiB)', 'peak (MiB)'],
         rows,
     )
 

@@ -65,6 +65,26 @@ def test_published_settings(name, drop_path):
     assert config.ema.decay == 0.9999
 
 
+@pytest.mark.parametrize('name', ['parameternet_600m', 'parameternet_300m'])
+def test_published_settings_of_parameternet(name):
+    scratch, pretraining, tuning = (
+        parse(['--config', f'{name}_{data}']) for data in ('in1k', 'in22k', 'in22k_ft_in1k')
+    )
+    for config in (scratch, pretraining, tuning):
+        assert (config.model.name, config.optim.name, config.schedule.name) == (name, 'adamw', 'cosine')
+    assert (scratch.optim.layer_decay, pretraining.optim.layer_decay, tuning.optim.layer_decay) == (None, None, 0.5)
+    assert tuning.augment.random_erasing == 0
+
+
+def test_published_settings_of_large():
+    config = parse(['--config', 'dcnv4_large_in22k_ft_in1k'])
+    optim, schedule, augment = config.optim, config.schedule, config.augment
+    assert (config.model.name, config.data.image_size, config.model.drop_path_rate) == ('dcnv4_large', 384, 0.1)
+    assert (optim.name, optim.lr, optim.lr_base_batch, optim.layer_decay) == ('adamw', 2e-5, 512, 0.9)
+    assert optim.groups == {'*.offset_mask*': {'lr_scale': 0.1}}
+    assert (schedule.epochs, schedule.warmup_epochs, augment.mixup, augment.cutmix) == (20, 2, 0, 0)
+
+
 def test_there_are_configs():
     assert {'digits_atto', 'flowers_atto', 'finetune_folder', 'dcnv4_tiny_in1k'} <= {path.stem for path in CONFIGS}
 
