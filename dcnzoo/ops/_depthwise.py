@@ -11,6 +11,7 @@ from ._library import chosen_backend, missing
 from ._linear import is_plain_call
 
 _SMALL_MAP = 1 << 17  # values, up to which preparing is what counts
+_SMALL_TRAINED_MAP = 1 << 15  # the same where gradients follow
 _VECTOR = 8  # channels, below which there is nothing to do side by side
 
 _convolve = torch.ops.dcnzoo.depthwise.default
@@ -38,12 +39,14 @@ def serves_depthwise(x: Tensor, kernels: Tensor, groups: int) -> bool:
 
 def _gains(x: Tensor, kernels: Tensor) -> bool:
     """Whether it is faster than PyTorch's convolution."""
-    if x.shape[0] > 1 or (torch.is_grad_enabled() and x.requires_grad):
+    if x.shape[0] > 1:
         return _is_channels_last(x)
-    trained = torch.is_grad_enabled() and kernels.requires_grad
+    trained = torch.is_grad_enabled() and (x.requires_grad or kernels.requires_grad)
+    if trained and _is_channels_last(x):
+        return True
     packed = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
     packed = packed and x.stride(0) == x.numel()  # of a map that stands for many, a convolution's output is contiguous
-    return not trained and packed and x.shape[1] >= _VECTOR and x.numel() <= _SMALL_MAP
+    return packed and x.shape[1] >= _VECTOR and x.numel() <= (_SMALL_TRAINED_MAP if trained else _SMALL_MAP)
 
 
 def depthwise(

@@ -145,26 +145,30 @@ def test_where_it_serves():
         assert not serves_depthwise(x, kernels, 6)
 
 
-def test_a_single_small_sample_is_served_in_any_layout_unless_its_kernels_are_trained():
+def test_a_single_small_sample_is_served_in_any_layout():
     x, kernels = draw(1, 16, 5, 7), draw(1, 144)
     assert serves_depthwise(x, kernels, 16)
+    assert serves_depthwise(x, draw(1, 144).requires_grad_(), 16)
     assert serves_depthwise(channels_last(x), kernels, 16)
     assert not serves_depthwise(channels_last(x).transpose(2, 3), kernels, 16)
-    assert not serves_depthwise(x, kernels.requires_grad_(), 16)
-    with torch.no_grad():
-        assert serves_depthwise(x, kernels, 16)
-    assert not serves_depthwise(draw(1, 16, 200, 200), draw(1, 144), 16)
     assert not serves_depthwise(draw(1, 4, 5, 7), draw(1, 36), 4)
+    large = draw(1, 16, 60, 60)
+    assert serves_depthwise(large, kernels, 16)
+    assert not serves_depthwise(large.requires_grad_(), kernels, 16)
+    assert not serves_depthwise(draw(1, 16, 200, 200), kernels, 16)
 
 
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last', 'flipped'])
 def test_the_output_is_laid_out_as_that_of_a_convolution(layout):
     x, kernels = draw(1, 16, 5, 7), draw(1, 144)
     x = {'contiguous': x, 'channels_last': channels_last(x), 'flipped': x.transpose(2, 3)}[layout]
+    x, kernels = x.requires_grad_(), kernels.requires_grad_()
     found = depthwise(x, kernels, [3, 3], [2, 1], [1, 1], [1, 2])
-    expected = F.conv2d(x, kernels.view(16, 1, 3, 3), None, (2, 1), 1, (1, 2), 16)
-    torch.testing.assert_close(found, expected)
-    assert found.stride() == expected.stride()
+    wanted = F.conv2d(x, kernels.view(16, 1, 3, 3), None, (2, 1), 1, (1, 2), 16)
+    torch.testing.assert_close(found, wanted)
+    assert found.stride() == wanted.stride()
+    gradients = (torch.autograd.grad(output.square().sum(), (x, kernels)) for output in (found, wanted))
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize(
