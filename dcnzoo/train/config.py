@@ -82,8 +82,8 @@ class DataConfig:
     """mean of the pixels per channel, of 1; the model's own if not given"""
     std: tuple[float, ...] | None = None
     """standard deviation of the pixels per channel, of 1; the model's own if not given"""
-    interpolation: str | None = None
-    """resampling at validation: bilinear, bicubic, ...; the model's own if not given"""
+    interpolation: Literal['nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'] | None = None
+    """resampling at validation; the model's own if not given"""
     crop_pct: float | None = None
     """share of the resized image's side that validation crops; the model's own if not given"""
     crop_mode: Literal['center', 'squash', 'border'] | None = None
@@ -118,8 +118,8 @@ class AugmentConfig:
     """range of brightness, contrast and saturation; auto_augment takes its place"""
     auto_augment: str | None = None
     """policy of timm, such as rand-m9-mstd0.5-inc1, augmix-m3-w3, original or 3a"""
-    interpolation: str | None = None
-    """resampling at training: random, bilinear, bicubic, ...; as at validation if not given"""
+    interpolation: Literal['random', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'] | None = None
+    """resampling at training, random being bilinear or bicubic; as at validation if not given"""
     random_erasing: float = 0.0
     """probability of erasing a box of the image"""
     erasing_mode: Literal['const', 'rand', 'pixel'] = 'pixel'
