@@ -95,11 +95,13 @@ $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml | $(VENV)/.torch
 	DCNZOO_CPU=0 DCNZOO_CUDA=0 $(BIN)/python -m pip install --no-build-isolation --editable '.[$*]'
 	@touch $@
 
-# Compiled apart from the installation, so that only what changed is compiled again.
+# Compiled apart from the installation, so that only what changed is compiled again. Where no compiler was found nothing
+# is stamped: the next make looks for one again.
 $(VENV)/.native: setup.py $(wildcard csrc/*.* csrc/*/*.*) | $(VENV)/.torch
 	@echo '==> Compiling the operators'
+	@touch $@.begun
 	$(BIN)/python setup.py --quiet build_ext --inplace --force
-	@touch $@
+	@if [ -n "$$(find dcnzoo -name '*.so' -newer $@.begun)" ]; then mv $@.begun $@; fi
 
 # The lower bounds of pyproject.toml themselves, and a NumPy that the interpreter of the Triton beside them knows. What is
 # compiled here serves every later PyTorch too.
