@@ -1,5 +1,8 @@
 """The dcnv4 models: published sizes, weights and outputs, and the options of their architecture."""
 
+import math
+import re
+
 import pytest
 import timm
 import torch
@@ -44,12 +47,47 @@ def test_golden_outputs(published, name, seed, batch, dtype, tolerance):
         assert relative_error(stage[0, :8, :3, :3], OUTPUTS[f'{name}.stage{i}.corner']) < tolerance
 
 
-@pytest.mark.parametrize('name', ['dcnv4_tiny', 'dcnv4_small'])
+def published_layout(channels: int, depths: tuple[int, ...], biases: bool) -> dict[str, list[int]]:
+    """Keys and shapes of a larger published file: dcnv4_small's, whose options it shares, and more biases if so."""
+
+    def resized(key: str, shape: list[int]) -> list[int]:
+        if '.offset_mask.' in key:  # 3 numbers for each of the 9 points of a group of 16 channels, padded to 8
+            width = channels << int(key.split('.')[1])
+            return [8 * math.ceil(27 * width / 16 / 8), *[width] * (len(shape) - 1)]
+        return [size if size in (1, 3, 1000) else size * channels // 80 for size in shape]
+
+    layout = {}
+    for key, shape in KEYS['dcnv4_small'].items():
+        shapes = {key: resized(key, shape)}
+        if biases and key.endswith(('output_proj.weight', 'fc2.weight')):
+            shapes[key.replace('weight', 'bias')] = shapes[key][:1]
+        first = re.match(r'levels\.(\d)\.blocks\.0\.', key)
+        if first:
+            for i in range(depths[int(first[1])]):
+                layout |= {key.replace('.blocks.0.', f'.blocks.{i}.'): shape for key, shape in shapes.items()}
+        elif '.blocks.' not in key:
+            layout |= shapes
+    return layout
+
+
+LAYOUTS = {
+    'dcnv4_tiny': KEYS['dcnv4_tiny'],
+    'dcnv4_small': KEYS['dcnv4_small'],
+    'dcnv4_base': published_layout(112, (4, 4, 21, 4), biases=False),
+    'dcnv4_large': published_layout(160, (5, 5, 22, 5), biases=True),
+}
+
+
+def test_layouts_of_larger_files_follow_from_that_of_small():
+    assert published_layout(80, (4, 4, 21, 4), biases=False) == KEYS['dcnv4_small']
+
+
+@pytest.mark.parametrize('name', LAYOUTS)
 @pytest.mark.parametrize('wrapped', [False, True])
 def test_published_keys_map_onto_the_models(name, wrapped):
     with torch.device('meta'):
         model = timm.create_model(name)
-        state_dict = {key: torch.empty(shape) for key, shape in KEYS[name].items()}
+        state_dict = {key: torch.empty(shape) for key, shape in LAYOUTS[name].items()}
     mapped = checkpoint_filter_fn({'model': state_dict} if wrapped else state_dict, model)
     assert len(mapped) == len(state_dict)
     assert {key: value.shape for key, value in mapped.items()} == {
