@@ -525,8 +525,10 @@ def test_compile_with_changing_sizes(name):
     torch._dynamo.reset()
     model = create(name)
     compiled = torch.compile(model, fullgraph=True, backend='eager', dynamic=True)
-    for batch, size in ((2, (64, 96)), (3, (96, 160))):
+    torch._dynamo.utils.counters.clear()
+    for batch, size in ((2, (64, 96)), (3, (96, 160)), (4, (128, 64))):
         assert_same(compiled(images(batch, size)), model(images(batch, size)))
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
 
 
 @pytest.mark.slow

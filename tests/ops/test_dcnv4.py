@@ -261,13 +261,16 @@ class Module(torch.nn.Module):
 def test_compile(backend, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(Module(), fullgraph=True, dynamic=dynamic, backend='aot_eager')
-    for size in ((7, 9), (5, 6)):
+    torch._dynamo.utils.counters.clear()
+    for size in ((7, 9), (5, 6), (12, 10)):
         case = Case('compiled', 2, *size, arguments={'offset_scale': 0.5})
         value, offset_mask, grad_output = case.operands(torch.float32)
         value.requires_grad_(), offset_mask.requires_grad_()
         output = compiled(value, offset_mask)
         grads = torch.autograd.grad(output, (value, offset_mask), grad_output)
         check((output.detach(), *grads), answer(case.geometry, value, offset_mask, grad_output), torch.float32)
+    if dynamic:
+        assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
 
 
 def test_export_gives_standard_operators_with_dynamic_shapes():
