@@ -14,6 +14,7 @@ from ._registration import register
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+# No `*` behind the tensors: torch.jit.script refuses keyword-only arguments that have defaults.
 def dcnv4(
     value: Tensor,
     offset_mask: Tensor,
