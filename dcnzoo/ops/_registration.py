@@ -122,18 +122,18 @@ def _has_tangent(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    """Moves a vmapped dimension, or adds one for an operand that has none, and folds it into the batch."""
-    batched = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return batched.flatten(0, 1)
+def _lead(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """Moves a vmapped dimension to the front, or adds one for an operand that has none."""
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
 def _vmap_rule(op: torch._ops.OpOverload, tensors: int):
     def rule(info, in_dims, *arguments):
-        folded = [_fold(*pair, info.batch_size) for pair in zip(arguments[:tensors], in_dims[:tensors], strict=True)]
-        result = op(*folded, *arguments[tensors:])
+        leading = [_lead(*pair, info.batch_size) for pair in zip(arguments[:tensors], in_dims[:tensors], strict=True)]
+        result = op(*(tensor.flatten(0, 1) for tensor in leading), *arguments[tensors:])
+        batches = leading[0].shape[:2]
         if isinstance(result, Tensor):
-            return result.unflatten(0, (info.batch_size, -1)), 0
-        return tuple(part.unflatten(0, (info.batch_size, -1)) for part in result), (0,) * len(result)
+            return result.unflatten(0, batches), 0
+        return tuple(part.unflatten(0, batches) for part in result), (0,) * len(result)
 
     return rule

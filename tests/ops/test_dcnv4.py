@@ -307,6 +307,12 @@ def test_vmap(backend, in_dims):
         assert error(mapped[i], dcnv4(*operands, groups=2)) < 1e-6
 
 
+def test_vmap_over_nothing(backend):
+    value, offset_mask = torch.randn(0, 2, 7, 9, 32), torch.randn(2, 7, 9, 56)
+    mapped = torch.func.vmap(lambda *operands: dcnv4(*operands, groups=2), in_dims=(0, None))(value, offset_mask)
+    assert mapped.shape == (0, 2, 7, 9, 32)
+
+
 def test_forward_mode(backend):
     operands, tangents = (PLAIN.operands()[:2] for _ in range(2))
 
