@@ -4,7 +4,7 @@ import copy
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,7 +129,7 @@ def model_config(
         A mapping that `YOLO` takes, as do `DetectionModel` and its like.
 
     Raises:
-        ValueError: There is no such base, variant, block or backbone, the base has nothing to replace, or arguments do
+        ValueError: There is no such base, variant, block or backbone, the base lacks what to replace, or arguments do
             not go together.
     """
     if nc is not None:
@@ -140,6 +140,8 @@ def model_config(
     parts = [base]
     if variant is not None:
         replacement = _resolve(variant, where)
+        if isinstance(variant, Mapping):  # the named ones serve families with different modules
+            _check_present(variant, config, base)
         config = _replace(config, replacement, base)
         parts.append(variant if isinstance(variant, str) else '-'.join(sorted(set(variant.values()))))
     elif where is not None:
@@ -211,6 +213,16 @@ def _resolve(variant: str | Mapping[str, str], where: Callable[[Row], bool] | No
     if where is not None:
         raise ValueError(f'where goes with a mapping as variant, got it with {variant!r}')
     return VARIANTS[variant]
+
+
+def _check_present(names: Iterable[str], config: Mapping, base: str) -> None:
+    """Raises ValueError where one of the names is that of no row."""
+    present = {row.module for row in rows(config)}
+    for name in names:
+        if name not in present:
+            raise ValueError(
+                f'{base} has no {name} to replace, only {", ".join(sorted(present))}{nearest(name, present)}'
+            )
 
 
 def _replace(config: dict, variant: Variant, base: str) -> dict:

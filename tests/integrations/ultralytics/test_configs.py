@@ -218,7 +218,12 @@ def test_names():
         (('yolo11n', {'C3k2': 'C3k2_DCNV4'}), "there is no block 'C3k2_DCNV4'; did you mean C3k2_DCNv4"),
         (('yolo11n', {'C3k2': None}), 'there is no block None'),
         (('yolo11n', {'C3k2': 'DetectionModel'}), "there is no block 'DetectionModel'"),
-        (('yolo11n', {'C3K2': 'C3k2_DCNv4'}), r'yolo11n has no C3K2 to replace there; did you mean C3k2\?'),
+        (
+            ('yolo11n', {'C3K2': 'C3k2_DCNv4'}),
+            r'yolo11n has no C3K2 to replace, only C2PSA, C3k2, .*, nn\.Upsample; did you mean C3k2\?',
+        ),
+        (('yolo11n', {'C3k2': 'C3k2_DCNv4', 'Cnov': 'DCNv4Conv'}), r'has no Cnov to .*; did you mean Conv\?'),
+        (('yolo11n', {'Conv': 'DCNv4Conv', 'C2f': 'C2f_DCNv4'}), 'yolo11n has no C2f to replace, only C2PSA'),
         (('yolo11n', {}), 'variant must say which blocks to replace, got {}'),
         (('yolo11n', 123), 'variant must be one of dcnv4-backbone, .* or a mapping, got 123$'),
         (('yolo11n', ['c3k2-dcnv4']), r"variant must be one of .*, got \['c3k2-dcnv4'\]"),
