@@ -4,6 +4,7 @@ Names, arguments and state_dict keys are those of the hand-patched copies of ult
 YAML files and checkpoints fit. All blocks take and give (N, C, H, W) maps, of any width, contiguous or channels_last.
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 
@@ -219,6 +220,8 @@ class TimmBackbone(nn.Module):
         ValueError: There is no such model, or its last three maps are not at those strides.
     """
 
+    loaded = False  # whether it comes out of a checkpoint, with its weights
+
     def __init__(self, name: str, pretrained: bool = False):
         super().__init__()
         if not timm.is_model(name):
@@ -241,6 +244,16 @@ class TimmBackbone(nn.Module):
         if x.shape[1] != 3:
             raise ValueError(f'a timm backbone takes images of 3 channels, got {x.shape[1]}')
         return self.m((x - self.mean) / self.std)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.loaded = True
+
+    def __deepcopy__(self, memo: dict) -> 'TimmBackbone':
+        # Not by way of __setstate__: a copy is no more out of a checkpoint than the original.
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
 
 def without_fetching(config: Mapping) -> dict:

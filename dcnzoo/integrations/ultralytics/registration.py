@@ -227,13 +227,14 @@ def _sparing_backbones(stock: types.FunctionType) -> types.FunctionType:
 def _having_weights(stock: types.FunctionType) -> types.FunctionType:
     """A `__setstate__` for models out of checkpoints: built again from their YAML, they get their weights from there.
 
-    A model just made keeps asking for the published ones in its YAML, by which a trainer builds it anew.
+    A model just made, or copied, keeps asking for the published ones in its YAML, by which a trainer builds it anew.
     """
 
     @functools.wraps(stock)
     def __setstate__(self, state):
         stock(self, state)
-        if 'yaml' in state and any(isinstance(module, blocks.TimmBackbone) for module in self.modules()):
+        backbones = [module for module in self.modules() if isinstance(module, blocks.TimmBackbone)]
+        if 'yaml' in state and any(backbone.loaded for backbone in backbones):
             self.yaml = blocks.without_fetching(self.yaml)
 
     return __setstate__

@@ -62,6 +62,13 @@ def test_a_configuration_fetches_published_weights(fetched):
     assert all_ones(tasks.DetectionModel(model.model.yaml, verbose=False))  # as a trainer makes it anew
 
 
+def test_a_copy_fetches_published_weights_as_the_original_does(fetched):
+    model = copy.deepcopy(YOLO(model_config('yolo11n', backbone='test_dcnv4', pretrained=True)))
+    for copied in (model.model, copy.deepcopy(model.model)):
+        assert all_ones(copied)
+        assert all_ones(tasks.DetectionModel(copied.yaml, verbose=False))
+
+
 def test_a_checkpoint_has_its_weights(fetched, tmp_path, train):
     path = tmp_path / 'mine.pt'
     YOLO(model_config('yolo11n', backbone='test_dcnv4', pretrained=True)).save(path)
