@@ -78,7 +78,7 @@ def train(images, tmp_path_factory):
     return train
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def fresh():
     """Runs code in a new process, where nobody has imported dcnzoo; returns what it prints."""
 

@@ -1,10 +1,11 @@
-"""Checkpoints such as hand-patched copies of ultralytics leave, made here: same keys, classes that exist nowhere."""
+"""Checkpoints such as hand-patched copies of ultralytics leave: same keys, classes that exist nowhere."""
 
 import copy
 import os
 import pickle
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,8 @@ from ultralytics import YOLO
 from ultralytics.nn import tasks
 
 from dcnzoo.integrations.ultralytics import adopt, model_config
+
+from .hand_patched import PATCHES
 
 PLACES = {
     'C2f_DCNv4': 'ultralytics.nn.modules.dcnv4_block',
@@ -90,6 +93,25 @@ def test_adopts(base, variant, hand_patched, without_patches, tmp_path):
         expected, found = (m.half().float().eval()(x)[0] for m in (model, loaded.model))
     torch.testing.assert_close(found, expected)
     assert sorted(path.name for path in tmp_path.glob('*.pt*')) == ['new.pt', 'old.pt']
+
+
+@pytest.fixture(scope='module')
+def written_anew(fresh, tmp_path_factory):
+    """The folder of checkpoints whose blocks have no code in common with ours."""
+    folder = tmp_path_factory.mktemp('written_anew')
+    fresh(Path(__file__).with_name('hand_patched.py').read_text(encoding='utf-8'), folder)
+    return folder
+
+
+@pytest.mark.parametrize('name', PATCHES)
+def test_computes_what_blocks_written_anew_do(name, written_anew, tmp_path):
+    x, expected = torch.load(written_anew / f'{name}.answer.pt')
+    with pytest.raises((ImportError, AttributeError, TypeError)):
+        YOLO(written_anew / f'{name}.pt')
+    adopted = adopt(written_anew / f'{name}.pt', tmp_path / 'new.pt')
+    for model in (adopted, YOLO(tmp_path / 'new.pt').model):
+        with torch.no_grad():
+            torch.testing.assert_close(model(x)[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_other_names_and_shapes_of_the_experts(hand_patched, without_patches, tmp_path):
