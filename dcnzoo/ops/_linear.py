@@ -78,7 +78,7 @@ def gains(x: Tensor, weight: Tensor, products: int) -> bool:
         products: Multiplications of numbers in one product of matrices.
     """
     # The last: while a graph is recorded, a size that is compared with something is no longer free.
-    return _GAINS and torch.backends.mkldnn.enabled and is_plain_call(x, weight) and products >= _WORTH_IT
+    return ONEDNN_IS_WIDER and torch.backends.mkldnn.enabled and is_plain_call(x, weight) and products >= _WORTH_IT
 
 
 def is_plain_call(x: Tensor, weight: Tensor) -> bool:
@@ -98,7 +98,7 @@ def is_plain_call(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _cpu_gains() -> bool:
+def _onednn_is_wider() -> bool:
     return (
         torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == 'AVX512'
@@ -106,8 +106,8 @@ def _cpu_gains() -> bool:
     )
 
 
-_GAINS = _cpu_gains()
-_linear_pointwise = torch.ops.mkldnn._linear_pointwise.default if _GAINS else None
+ONEDNN_IS_WIDER = _onednn_is_wider()
+_linear_pointwise = torch.ops.mkldnn._linear_pointwise.default if ONEDNN_IS_WIDER else None
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

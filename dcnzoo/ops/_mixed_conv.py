@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._dcnv4 import output_size
 from ._depthwise import depthwise, serves_depthwise
-from ._linear import batched_linear, gains
+from ._linear import ONEDNN_IS_WIDER, batched_linear, gains
 
 
 def convolve(
@@ -188,13 +188,14 @@ def _gains_from_groups(x: Tensor, out_channels: int, kernel_size: list[int], pad
     """Whether samples as groups of one convolution of contiguous maps, which is timm's way, are fastest on a CPU.
 
     They are for small depthwise kernels, whose gradients take longer in channels_last, but for large maps, which would
-    have to be copied; and for products with output channels that are no multiple of 4, but not for their gradients.
+    have to be copied; and for products with output channels that are no multiple of 4, but not for their gradients, and
+    only where oneDNN convolves with wider vectors than MKL multiplies.
     """
     if x.shape[0] <= 1 or x.device.type != 'cpu' or x.dtype != torch.float32 or _is_recorded():
         return False
     channels_last, trained = _is_channels_last(x), _is_trained(x)
     if _is_matrix_product(kernel_size, padding, groups):
-        return not channels_last and not trained and out_channels % 4 != 0
+        return not channels_last and not trained and out_channels % 4 != 0 and _convolves_wider()
     fits = not channels_last or (trained and x.numel() <= 1 << 22)
     return fits and groups == x.shape[1] and kernel_size[0] * kernel_size[1] <= 9
 
@@ -241,6 +242,13 @@ def _is_channels_last(x: Tensor) -> bool:
 
 def _is_trained(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
+
+
+def _convolves_wider() -> bool:
+    if torch.jit.is_scripting():  # where it cannot be asked
+        return True
+    else:
+        return ONEDNN_IS_WIDER
 
 
 def _threads() -> int:

@@ -26,7 +26,7 @@ def served(monkeypatch):
     return calls
 
 
-gains = pytest.mark.skipif(not _linear._GAINS, reason='this processor gains nothing: no AVX-512')
+gains = pytest.mark.skipif(not _linear.ONEDNN_IS_WIDER, reason='this processor gains nothing: no AVX-512')
 
 
 @pytest.mark.parametrize('bias', [True, False])
