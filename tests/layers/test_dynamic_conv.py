@@ -292,6 +292,8 @@ def test_exports_any_size_with_gradients(batch, kernel_size, groups):
     [(1, 2, 1, ''), (3, 2, 1, ''), (3, 2, 8, ''), (5, (2, 3), 8, 'same'), (3, (1, 3), 2, (1, 2))],
 )
 def test_exports_any_size_with_strides(kernel_size, stride, groups, padding, free_batch):
+    if free_batch and groups == 8 and torch.__version__ < '2.14':  # 2.10 fails, those between are untried
+        pytest.skip('the exporter of this PyTorch compares free sizes of products that are broadcast')
     layer = DynamicConv2d(8, 8, kernel_size, stride, padding, groups=groups)
     shapes = {2: torch.export.Dim('height', min=8, max=2048), 3: torch.export.Dim('width', min=8, max=2048)}
     if free_batch:
