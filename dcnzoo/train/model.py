@@ -10,7 +10,7 @@ import timm
 import torch
 from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, muon, param_groups_layer_decay, param_groups_weight_decay
 from timm.task import TrainingTask
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -173,7 +173,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, lr: float) -> torch.op
     if optim.groups:
         optional['param_group_fn'] = partial(grouped_parameters, optim=optim)
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model,
             opt=optim.name,
             lr=lr,
@@ -187,6 +187,21 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, lr: float) -> torch.op
         known = timm.optim.list_optimizers()
         hint = nearest(optim.name, known) if optim.name not in known else f': {error}'
         raise TrainError(f'optim.name: cannot create {optim.name!r}{hint}', usage=True) from None
+    if isinstance(optimizer, muon.Muon) and next(model.parameters()).device.type == 'cpu':
+        orthogonalize_in_float32(optimizer)
+    return optimizer
+
+
+def orthogonalize_in_float32(optimizer: muon.Muon) -> None:
+    """Has the updates of timm's Muon computed in float32 instead of bfloat16, of which it leaves no choice.
+
+    Processors without instructions for bfloat16 take 25 times as long with it.
+    """
+    name = 'zeropower_via_newtonschulz'
+    theirs = getattr(muon, name)
+    ours = partial(theirs, dtype=torch.float32)
+    optimizer.register_step_pre_hook(lambda *_: setattr(muon, name, ours))
+    optimizer.register_step_post_hook(lambda *_: setattr(muon, name, theirs))
 
 
 def grouped_parameters(model: nn.Module, optim: OptimConfig) -> list[dict]:

@@ -29,11 +29,20 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.err
 
 
 def seed_all(*entropy: int) -> None:
-    """Seeds Python, NumPy and PyTorch from any number of integers >= 0."""
-    words = np.random.SeedSequence(entropy).generate_state(3)
-    random.seed(int(words[0]))
+    """Seeds Python, NumPy and PyTorch, on all devices, from any number of integers >= 0."""
+    torch.manual_seed(seed_cpu(*entropy))
+
+
+def seed_cpu(*entropy: int) -> int:
+    """The same for draws on the CPU alone, and returns PyTorch's seed.
+
+    Where CUDA has not started, `torch.manual_seed` notes the stack for it, which takes longer than to decode an image.
+    """
+    words = np.random.SeedSequence(entropy).generate_state(3).tolist()
+    random.seed(words[0])
     np.random.seed(words[1])
-    torch.manual_seed(int(words[2]))
+    torch.default_generator.manual_seed(words[2])
+    return words[2]
 
 
 def target_encoding(dataset: Dataset, num_classes: int | None) -> tuple[Callable, int | Tensor]:
@@ -90,7 +99,7 @@ class Samples(Dataset):
         self.epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor, list[str]]:
-        seed_all(self.seed, int(self.epoch), index)
+        seed_cpu(self.seed, int(self.epoch), index)
         complaints = []
         for candidate in range(index, index + self.attempts):
             candidate %= len(self)
@@ -230,10 +239,10 @@ class StreamedSamples(IterableDataset):
         """The data set's images, each transformed with draws of its own place in the stream."""
         info = get_worker_info()
         place = (self.seed, int(self.epoch), self.rank, info.id if info else 0)
-        seed_all(*place, 0)
+        seed_cpu(*place, 0)
         for position, item in enumerate(self.dataset, start=1):
             yield item
-            seed_all(*place, position)
+            seed_cpu(*place, position)
 
     def _prepare(self, image: Image.Image | dict | str) -> Tensor | str:
         """The image as a tensor, or why it cannot be read."""
