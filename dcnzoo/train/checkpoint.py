@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.scheduler.scheduler import Scheduler
+from timm.scheduler import PlateauLRScheduler
 from torch import Tensor, nn
 
 from .config import Config
@@ -44,6 +44,7 @@ FILES = (
     'summary.json',
 )
 MANIFEST = 'manifest.json'
+PLATEAU_MEMORY = ('best', 'num_bad_epochs', 'cooldown_counter', 'last_epoch')
 
 
 @contextmanager
@@ -353,18 +354,22 @@ class Checkpoints:
         return state
 
 
-def keep_schedule(accelerator: Accelerator, scheduler: Scheduler) -> None:
+def keep_schedule(accelerator: Accelerator, scheduler: PlateauLRScheduler) -> None:
     """Saves and loads a schedule's memory with accelerate's checkpoints, as JSON.
 
-    accelerate's own way for such objects is a pickle, which could run any code when it is loaded.
+    accelerate's own way for such objects is a pickle, which could run any code when it is loaded; timm's own state
+    leaves out how many epochs were no better.
     """
 
     def save(models: list, weights: list, folder: str) -> None:
         if accelerator.is_main_process:
-            write_json(Path(folder) / 'schedule.json', scheduler.state_dict())
+            memory = {name: getattr(scheduler.lr_scheduler, name) for name in PLATEAU_MEMORY}
+            write_json(Path(folder) / 'schedule.json', {**memory, 'restore_lr': scheduler.restore_lr})
 
     def load(models: list, folder: str) -> None:
-        scheduler.load_state_dict(json.loads((Path(folder) / 'schedule.json').read_text(encoding='utf-8')))
+        memory = json.loads((Path(folder) / 'schedule.json').read_text(encoding='utf-8'))
+        scheduler.restore_lr = memory.pop('restore_lr')
+        scheduler.lr_scheduler.load_state_dict(memory)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

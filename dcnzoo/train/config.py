@@ -209,7 +209,7 @@ class ScheduleConfig:
     """How long, and how the learning rate goes."""
 
     name: str = 'cosine'
-    """schedule of timm: cosine, step, multistep, poly, tanh, plateau, or none"""
+    """schedule of timm: cosine, step, multistep, poly, tanh, wsd, rsqrt, plateau, constant, or none"""
     epochs: int = 100
     """passes over the training images"""
     warmup_epochs: float | None = None
@@ -218,8 +218,8 @@ class ScheduleConfig:
     """learning rate at the start of the warm-up"""
     min_lr: float = 0.0
     """learning rate at the end"""
-    decay_epochs: float = 30
-    """epochs between the drops of step"""
+    decay_epochs: float | None = None
+    """epochs between the drops of step, or of the decay that ends wsd and rsqrt; 90, or a fifth, if not given"""
     decay_milestones: list[int] = field(default_factory=lambda: [30, 60, 90])
     """epochs of the drops of multistep"""
     decay_rate: float = 0.1
@@ -420,6 +420,12 @@ def check(config: Config) -> None:
         raise TrainError(
             f'schedule.warmup_epochs should be less than schedule.epochs ({schedule.epochs}), '
             f'got {schedule.warmup_epochs}',
+            usage=True,
+        )
+    if schedule.warmup + schedule.cooldown_epochs >= schedule.epochs and schedule.name != 'none':
+        raise TrainError(
+            f'schedule.cooldown_epochs should leave some of schedule.epochs ({schedule.epochs}) after '
+            f'{schedule.warmup:g} of warm-up, got {schedule.cooldown_epochs}',
             usage=True,
         )
     if model.checkpoint is not None and not Path(model.checkpoint).is_file():

@@ -137,6 +137,10 @@ def test_wrong_yaml(tmp_path, content, message):
             ['--schedule.epochs', '5', '--schedule.warmup_epochs', '5'],
             r'schedule\.warmup_epochs should be less than schedule\.epochs \(5\), got 5',
         ),
+        (
+            ['--schedule.epochs', '5', '--schedule.warmup_epochs', '2', '--schedule.cooldown_epochs', '3'],
+            r'schedule\.cooldown_epochs should leave some of schedule\.epochs \(5\) after 2 of warm-up, got 3',
+        ),
         (['--optim.clip_grad', '-1'], r'optim\.clip_grad should be positive, got -1'),
         (['--optim.weight_decay', '-1'], r'optim\.weight_decay should be at least 0, got -1'),
         (['--data.std', '[0.2, 0, 0.2]'], r'data\.std should be positive numbers, got \(0\.2, 0\.0, 0\.2\)'),
