@@ -10,7 +10,9 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
+from dcnzoo.train.arguments import parse
 from dcnzoo.train.main import main
+from dcnzoo.train.main import train as run_training
 
 REPOSITORY = Path(__file__).parents[2]
 CLASSES = ('blue', 'green', 'red')  # as sorted
@@ -65,6 +67,15 @@ def forget_accelerator():
     """accelerate keeps one state per process; before every run in this one it has to start anew."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
+
+
+@pytest.fixture(scope='session')
+def trained(photos, tmp_path_factory):
+    """A finished run of two epochs with all its checkpoints; not to be changed."""
+    output = tmp_path_factory.mktemp('trained') / 'run'
+    forget_accelerator()
+    run_training(parse(settings(photos, output, ema__decay=0.5, run__keep=9, run__checkpoint_every=2)))
+    return output
 
 
 @pytest.fixture

@@ -11,13 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_dataset
 
+from dcnzoo.commands import main as command
 from dcnzoo.train.arguments import parse
 from dcnzoo.train.config import AugmentConfig, Config, DataConfig
 from dcnzoo.train.data import build_loaders, open_splits
 from dcnzoo.train.errors import TrainError
 from dcnzoo.train.shards import ShardReader, write_shards
 
-from .conftest import settings
+from .conftest import CLASSES, settings
 from .ranks import Ranks
 
 TRAIN, VAL = 72, 25
@@ -311,3 +312,19 @@ def test_several_labels_from_shards(numbered, tmp_path, train):
     evaluated = json.loads((tmp_path / 'run' / 'eval' / 'eval.json').read_text())
     assert evaluated['val_map'] == pytest.approx(summary['val_map'], abs=1e-3)
     assert torch.tensor(evaluated['val_loss']).isfinite()
+
+
+def test_the_command(photos, tmp_path, capsys, train):
+    assert command(['shards', str(photos), str(tmp_path / 'shards'), '--images', '10']) == 0
+    assert capsys.readouterr().out.startswith('36 images of train in 4 shards')
+    status, text, errors = train(settings(tmp_path / 'shards', tmp_path / 'run', schedule__epochs=1))
+    assert (status, errors) == (0, [])
+    assert '36 training and 15 validation images' in text
+    assert json.loads((tmp_path / 'run' / 'best' / 'config.json').read_text())['label_names'] == list(CLASSES)
+    assert command(['shards', str(photos), str(tmp_path / 'shards')]) == 1
+    assert 'is not empty' in capsys.readouterr().err
+    shutil.copytree(photos, tmp_path / 'photos')
+    (tmp_path / 'photos' / 'val' / 'red').rename(tmp_path / 'photos' / 'val' / 'rot')
+    assert command(['shards', str(tmp_path / 'photos'), str(tmp_path / 'more')]) == 1
+    assert 'the classes of' in capsys.readouterr().err
+    assert not (tmp_path / 'more' / '_info.json').exists()

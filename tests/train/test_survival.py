@@ -221,6 +221,28 @@ def test_other_processes_and_another_batch_size(photos, uninterrupted, tmp_path,
     assert json.loads((tmp_path / 'run' / 'summary.json').read_text())['epochs'] == 3
 
 
+def test_more_processes(photos, tmp_path, train):
+    """From one process with batches of 8 to two with batches of 4, within an epoch: it ends as it would have."""
+    changes = {
+        'model__name': 'test_convnext', 'optim__name': 'sgd', 'schedule__name': 'none', 'run__checkpoint_every': 1,
+        'run__keep': 9,
+    }  # fmt: skip
+    whole, output, kept = tmp_path / 'whole', tmp_path / 'run', 'epoch_0001_batch_00000002'
+    assert train(settings(photos, whole, **changes))[0] == 0
+    shutil.copytree(whole / 'checkpoints' / kept, output / 'checkpoints' / kept)
+    shutil.copytree(whole / 'best', output / 'best')
+    arguments = settings(photos, output, data__batch_size=4, run__processes=2, **changes)
+    ranks = Ranks(tmp_path / 'logs', 2, [*arguments, '--resume', 'auto'])
+    assert ranks.wait() == [0, 0], ranks.text()
+    assert '1 processes before, 2 now; 8 images per batch before, 4 now' in ranks.text()
+    assert f'{kept} at epoch 2, batch 2 of 4' in ranks.text()
+    ours, theirs = (load_file(folder / 'last' / 'model.safetensors') for folder in (output, whole))
+    before = load_file(output / 'checkpoints' / kept / 'model.safetensors')
+    assert any((theirs[key] - before[key]).abs().max() > 1e-4 for key in theirs)
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6)
+
+
 def test_checkpoints_by_the_clock(photos, tmp_path, train):
     """Every thousandth of a second, that is after every update; only the newest are kept."""
     arguments = settings(photos, tmp_path / 'run', schedule__epochs=1, run__checkpoint_minutes=1e-5, run__keep=3)
