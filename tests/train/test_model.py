@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.optim import muon
+from timm.optim import list_optimizers, muon
 from torch import nn
 
 from dcnzoo.train.arguments import parse
@@ -153,6 +153,27 @@ def test_compiled_models_learn_the_same(backend, photos, tmp_path, train):
     )
     assert status == 1
     assert errors == ["error: model.compile_backend: unknown backend 'induktor' (did you mean 'inductor'?)"]
+
+
+@pytest.mark.parametrize('name', list_optimizers())
+def test_optimizers(name):
+    """Every one of timm moves all weights; those of packages that need CUDA say so."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3))
+    if name.startswith(('bnb', 'fused')):
+        with pytest.raises(TrainError, match=rf"optim\.name: cannot create '{name}': "):
+            build_optimizer(model, OptimConfig(name=name), lr=1e-2)
+        return
+    optimizer = build_optimizer(model, OptimConfig(name=name), lr=1e-2)
+    before = [parameter.clone() for parameter in model.parameters()]
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = model(torch.randn(2, 3, 8, 8)).square().mean()
+        loss.backward(create_graph=getattr(optimizer, 'is_second_order', False))
+        optimizer.step()
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert new.isfinite().all()
+        assert not torch.equal(old, new)
 
 
 def test_muon_computes_in_float32_on_a_cpu(monkeypatch):
