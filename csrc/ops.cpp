@@ -25,6 +25,7 @@ STABLE_TORCH_LIBRARY_IMPL(dcnzoo, DCNZOO_DEVICE, m) {
 #ifndef DCNZOO_CUDA
   m.impl("depthwise", TORCH_BOX(&dcnzoo::depthwise));
   m.impl("depthwise_backward", TORCH_BOX(&dcnzoo::depthwise_backward));
+  m.impl("depthwise_planes", TORCH_BOX(&dcnzoo::depthwise_planes));
   m.impl("mixed_kernels", TORCH_BOX(&dcnzoo::mixed_kernels));
 #endif
 }

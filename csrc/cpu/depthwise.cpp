@@ -15,20 +15,21 @@ constexpr int64_t kGrain = 65536;  // products that are worth a thread
 struct Kernels {
   void (*gather)(const DepthwiseGather&, int64_t begin, int64_t end);
   void (*correlate)(const DepthwiseCorrelation&, int64_t begin, int64_t end);
+  void (*convolve)(const DepthwisePlanes&, int64_t begin, int64_t end);
 };
 
 Kernels choose_kernels() {
 #ifdef DCNZOO_X86_64
   switch (capability()) {
     case Capability::kAvx512:
-      return {avx512::gather, avx512::correlate};
+      return {avx512::gather, avx512::correlate, avx512::convolve};
     case Capability::kAvx2:
-      return {avx2::gather, avx2::correlate};
+      return {avx2::gather, avx2::correlate, avx2::convolve};
     case Capability::kPortable:
       break;
   }
 #endif
-  return {portable::gather, portable::correlate};
+  return {portable::gather, portable::correlate, portable::convolve};
 }
 
 struct Sizes {
@@ -48,13 +49,16 @@ Side check_side(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64
   return side;
 }
 
+// `channel` is the dimension of the channels; height and width follow one another.
 Sizes check(
-    const Tensor& x, const Tensor& kernels, int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w,
-    int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must have 4 dimensions (N, H, W, C), got ", x.dim());
+    const Tensor& x, const Tensor& kernels, int64_t channel, int64_t kernel_h, int64_t kernel_w, int64_t stride_h,
+    int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w) {
+  STD_TORCH_CHECK(
+      x.dim() == 4, "x must have 4 dimensions ", channel == 3 ? "(N, H, W, C)" : "(N, C, H, W)", ", got ", x.dim());
+  const int64_t height = channel == 3 ? 1 : 2;
   const Sizes sizes{
-      x.size(0), x.size(3), check_side(x.size(1), kernel_h, stride_h, pad_h, dilation_h),
-      check_side(x.size(2), kernel_w, stride_w, pad_w, dilation_w)};
+      x.size(0), x.size(channel), check_side(x.size(height), kernel_h, stride_h, pad_h, dilation_h),
+      check_side(x.size(height + 1), kernel_w, stride_w, pad_w, dilation_w)};
   STD_TORCH_CHECK(
       kernels.dim() == 2 && kernels.size(0) == sizes.batch && kernels.size(1) == sizes.channels * sizes.taps(),
       "kernels must have shape (", sizes.batch, ", ", sizes.channels * sizes.taps(), ")");
@@ -113,7 +117,7 @@ Tensor depthwise(
     const Tensor& x, const Tensor& kernels, int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w,
     int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w) {
   const Sizes sizes =
-      check(x, kernels, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w);
+      check(x, kernels, 3, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w);
   return gather(torch::stable::contiguous(x), kernels, sizes, false);
 }
 
@@ -121,7 +125,7 @@ std::tuple<Tensor, Tensor> depthwise_backward(
     const Tensor& grad_output, const Tensor& x, const Tensor& kernels, int64_t kernel_h, int64_t kernel_w,
     int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w) {
   const Sizes sizes =
-      check(x, kernels, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w);
+      check(x, kernels, 3, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w);
   STD_TORCH_CHECK(
       grad_output.dim() == 4 && grad_output.size(0) == sizes.batch && grad_output.size(1) == sizes.rows.out_size &&
           grad_output.size(2) == sizes.columns.out_size && grad_output.size(3) == sizes.channels &&
@@ -143,6 +147,25 @@ std::tuple<Tensor, Tensor> depthwise_backward(
       0, units, divide_up(kGrain, pixels * sizes.taps() * kCorrelatedChannels),
       [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
   return {gather(grads, kernels, sizes, true), grad_kernels};
+}
+
+Tensor depthwise_planes(
+    const Tensor& x, const Tensor& kernels, int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w,
+    int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w) {
+  const Sizes sizes =
+      check(x, kernels, 1, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w);
+  const Tensor map = torch::stable::contiguous(x), packed = torch::stable::contiguous(kernels);
+  Tensor target =
+      new_empty(x, std::array{sizes.batch, sizes.channels, sizes.rows.out_size, sizes.columns.out_size});
+  const DepthwisePlanes call{
+      sizes.rows, sizes.columns, static_cast<const float*>(map.const_data_ptr()),
+      static_cast<const float*>(packed.const_data_ptr()), static_cast<float*>(target.mutable_data_ptr())};
+  const auto kernel = choose_kernels().convolve;
+  const int64_t products = sizes.rows.out_size * sizes.columns.out_size * sizes.taps();
+  torch::stable::parallel_for(
+      0, sizes.batch * sizes.channels, divide_up(kGrain, products),
+      [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+  return target;
 }
 
 }  // namespace dcnzoo

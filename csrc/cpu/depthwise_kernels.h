@@ -91,12 +91,20 @@ struct DepthwiseCorrelation {
 
 constexpr int64_t kCorrelatedChannels = 64;  // of one unit
 
+struct DepthwisePlanes {
+  Side rows, columns;
+  const float* x;        // (N * C, H, W)
+  const float* kernels;  // (N * C, kernel_h * kernel_w)
+  float* target;         // (N * C, Ho, Wo)
+};
+
 // The kernels: `gather` for rows of the target [begin, end), counted over the batch; `correlate` for units, each a few
-// channels of one image.
+// channels of one image; `convolve` for planes, each a channel of an image.
 #define DCNZOO_DECLARE_KERNELS(name)                                             \
   namespace name {                                                               \
   void gather(const DepthwiseGather& call, int64_t begin, int64_t end);          \
   void correlate(const DepthwiseCorrelation& call, int64_t begin, int64_t end);  \
+  void convolve(const DepthwisePlanes& call, int64_t begin, int64_t end);        \
   }
 DCNZOO_DECLARE_KERNELS(portable)
 DCNZOO_DECLARE_KERNELS(avx2)

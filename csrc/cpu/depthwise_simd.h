@@ -1,4 +1,4 @@
-// Depthwise convolution in vectors of channels. Included within a region compiled for one instruction set, where
+// Depthwise convolution in vectors of channels, or of neighbours in a row. Included within a region compiled for one instruction set, where
 // VectorFor<float> is the vector to compute with.
 #pragma once
 
@@ -174,7 +174,110 @@ DCNZOO_INLINE void for_each_group(int64_t begin, int64_t end, const F& f) {
   }
 }
 
+// A channel of an image with its padding, from which every tap reads vectors for neighbours of the output: columns that
+// lie `stride` apart are neighbours here.
+class Plane {
+ public:
+  Plane(const Side& rows, const Side& columns)
+      : rows_(rows),
+        columns_(columns),
+        length_((columns.out_size + kLanes - 1) / kLanes * kLanes + span(columns) / columns.stride),
+        width_(columns.stride * length_),
+        values_(((rows.out_size - 1) * rows.stride + span(rows) + 1) * width_) {
+    for (int64_t i = 0; i < rows.kernel; ++i) {
+      for (int64_t j = 0; j < columns.kernel; ++j) {
+        taps_.push_back(i * rows.dilation * width_ + place(j * columns.dilation));
+      }
+    }
+  }
+
+  // The padding stays as it is.
+  void fill(const float* x) {
+    const int64_t height = static_cast<int64_t>(values_.size()) / width_;
+    for (int64_t row = rows_.pad; row < std::min(height, rows_.pad + rows_.size); ++row) {
+      fill_row(values_.data() + row * width_, x + (row - rows_.pad) * columns_.size);
+    }
+  }
+
+  void convolve(const float* kernel, float* target) const {
+    constexpr int64_t kRows = 4;
+    int64_t row = 0;
+    for (; row + kRows <= rows_.out_size; row += kRows) {
+      convolve_rows<kRows>(kernel, row, target + row * columns_.out_size);
+    }
+    for (; row < rows_.out_size; ++row) {
+      convolve_rows<1>(kernel, row, target + row * columns_.out_size);
+    }
+  }
+
+ private:
+  static int64_t span(const Side& side) { return (side.kernel - 1) * side.dilation; }
+
+  // Where a column of the padded map lies in a row.
+  int64_t place(int64_t column) const { return column % columns_.stride * length_ + column / columns_.stride; }
+
+  void fill_row(float* row, const float* x) const {
+    const int64_t stride = columns_.stride;
+    const int64_t count = std::max<int64_t>(0, std::min(columns_.size, width_ - columns_.pad));
+    int64_t done = 0;
+    if (stride == 2) {
+      float *first = row + place(columns_.pad), *second = row + place(columns_.pad + 1);
+      for (; done + 2 * kLanes <= count; done += 2 * kLanes) {
+        Vector even, odd;
+        Vector::split_pairs(Vector::load(x + done), Vector::load(x + done + kLanes), even, odd);
+        even.store(first + done / 2);
+        odd.store(second + done / 2);
+      }
+    }
+    for (int64_t part = 0; part < stride; ++part) {
+      float* to = row + place(columns_.pad + done + part);
+      for (int64_t column = done + part; column < count; column += stride) {
+        *to++ = x[column];
+      }
+    }
+  }
+
+  template <int64_t count>
+  DCNZOO_INLINE void convolve_rows(const float* kernel, int64_t row, float* target) const {
+    const int64_t step = rows_.stride * width_, taps = static_cast<int64_t>(taps_.size());
+    const float* values = values_.data() + row * step;
+    for (int64_t column = 0; column < columns_.out_size; column += kLanes) {
+      Vector sums[count];
+      for (Vector& sum : sums) {
+        sum = Vector::broadcast(0);
+      }
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const Vector weight = Vector::broadcast(kernel[tap]);
+        const float* from = values + taps_[tap] + column;
+        for (int64_t i = 0; i < count; ++i) {
+          sums[i] = fma(Vector::load(from + i * step), weight, sums[i]);
+        }
+      }
+      const int64_t left = columns_.out_size - column;
+      for (int64_t i = 0; i < count; ++i) {
+        float* to = target + i * columns_.out_size + column;
+        left >= kLanes ? sums[i].store(to) : sums[i].store_first(to, left);
+      }
+    }
+  }
+
+  const Side rows_, columns_;
+  const int64_t length_, width_;
+  std::vector<float> values_;
+  std::vector<int64_t> taps_;
+};
+
 }  // namespace
+
+void convolve(const DepthwisePlanes& call, int64_t begin, int64_t end) {
+  const Side &rows = call.rows, &columns = call.columns;
+  Plane plane(rows, columns);
+  for (int64_t index = begin; index < end; ++index) {
+    plane.fill(call.x + index * rows.size * columns.size);
+    plane.convolve(
+        call.kernels + index * rows.kernel * columns.kernel, call.target + index * rows.out_size * columns.out_size);
+  }
+}
 
 void gather(const DepthwiseGather& call, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; ++index) {

@@ -1,7 +1,8 @@
 """Depthwise convolution with kernels of each sample's own, by the compiled library on a CPU.
 
 PyTorch convolves so only with the samples side by side as channels, which moves every value of channels_last maps
-before and after. A single sample it takes as it is, but it prepares longer for a small map than it convolves.
+before and after. Contiguous maps it takes as they are, but it prepares longer for a small one than it convolves, and of
+large ones it makes copies, for which the system may hand out fresh pages each time.
 """
 
 import torch
@@ -12,9 +13,11 @@ from ._linear import is_plain_call
 
 _SMALL_MAP = 1 << 17  # values, up to which preparing is what counts
 _SMALL_TRAINED_MAP = 1 << 15  # the same where gradients follow
+_LARGE_MAPS = 1 << 21  # values, from which PyTorch's copies of contiguous maps are what counts
 _VECTOR = 8  # channels, below which there is nothing to do side by side
 
 _convolve = torch.ops.dcnzoo.depthwise.default
+_convolve_planes = torch.ops.dcnzoo.depthwise_planes.default
 _backward = torch.ops.dcnzoo.depthwise_backward.default
 
 
@@ -39,9 +42,9 @@ def serves_depthwise(x: Tensor, kernels: Tensor, groups: int) -> bool:
 
 def _gains(x: Tensor, kernels: Tensor) -> bool:
     """Whether it is faster than PyTorch's convolution."""
+    trained = _is_recorded(x, kernels)
     if x.shape[0] > 1:
-        return _is_channels_last(x)
-    trained = torch.is_grad_enabled() and (x.requires_grad or kernels.requires_grad)
+        return _is_channels_last(x) or (x.is_contiguous() and not trained and x.numel() >= _LARGE_MAPS)
     if trained and _is_channels_last(x):
         return True
     packed = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
@@ -66,7 +69,9 @@ def depthwise(
         The output, (N, C, Ho, Wo), laid out as x.
     """
     window = (*kernel_size, *stride, *padding, *dilation)
-    recorded = torch.is_grad_enabled() and (x.requires_grad or kernels.requires_grad)
+    recorded = _is_recorded(x, kernels)
+    if x.is_contiguous() and not recorded:
+        return _convolve_planes(x, kernels, *window)
     pixels = x.permute(0, 2, 3, 1)
     out = _Depthwise.apply(pixels, kernels, window) if recorded else _convolve(pixels, kernels, *window)
     out = out.permute(0, 3, 1, 2)
@@ -75,6 +80,10 @@ def depthwise(
 
 def _is_channels_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and not x.is_contiguous()
+
+
+def _is_recorded(x: Tensor, kernels: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or kernels.requires_grad)
 
 
 class _Depthwise(torch.autograd.Function):

@@ -40,6 +40,7 @@ for _schema in (
     'mixed_kernels(Tensor x, Tensor weight, Tensor? bias, Tensor experts, float temperature, bool softmax) -> Tensor',
     f'depthwise(Tensor x, Tensor kernels, {_WINDOW}) -> Tensor',
     f'depthwise_backward(Tensor grad_output, Tensor x, Tensor kernels, {_WINDOW}) -> (Tensor, Tensor)',
+    f'depthwise_planes(Tensor x, Tensor kernels, {_WINDOW}) -> Tensor',
 ):
     library.define(_schema)
 

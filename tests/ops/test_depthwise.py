@@ -33,6 +33,11 @@ def expected(x: Tensor, kernels: Tensor, kernel_size, stride, padding, dilation)
 
 
 def check(x: Tensor, kernels: Tensor, geometry: tuple) -> None:
+    """The output from channels_last maps with its gradients, and that from contiguous maps without."""
+    planes = depthwise(x.contiguous(), kernels, *geometry)
+    wanted = expected(x.double(), kernels.double(), *geometry)
+    assert planes.is_contiguous()
+    torch.testing.assert_close(planes.double(), wanted, rtol=1e-5, atol=1e-5 * (1 + wanted.abs().max().item()))
     x, kernels = x.requires_grad_(), kernels.requires_grad_()
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, kernels)]
     output, wanted = depthwise(x, kernels, *geometry), expected(*exact, *geometry)
@@ -117,7 +122,8 @@ def test_bits_do_not_depend_on_threads_or_batch(threads):
     def results(rows: slice) -> list[Tensor]:
         pixels = x[rows].permute(0, 2, 3, 1)
         output = torch.ops.dcnzoo.depthwise(pixels, kernels[rows], *window)
-        return [output, *torch.ops.dcnzoo.depthwise_backward(grad[rows], pixels, kernels[rows], *window)]
+        planes = torch.ops.dcnzoo.depthwise_planes(x[rows].contiguous(), kernels[rows], *window)
+        return [output, planes, *torch.ops.dcnzoo.depthwise_backward(grad[rows], pixels, kernels[rows], *window)]
 
     before = torch.get_num_threads()
     try:
@@ -143,6 +149,16 @@ def test_where_it_serves():
         assert not serves_depthwise(x, kernels, 6)
     with torch.autocast('cpu'):
         assert not serves_depthwise(x, kernels, 6)
+
+
+def test_large_contiguous_maps_are_served_without_gradients():
+    x, kernels = torch.empty(2, 16, 256, 256), draw(2, 144)
+    assert serves_depthwise(x, kernels, 16)
+    assert not serves_depthwise(x[:, :, :128], kernels, 16)
+    assert not serves_depthwise(x[:, :, :128].contiguous(), kernels, 16)
+    assert not serves_depthwise(x, kernels.requires_grad_(), 16)
+    with torch.no_grad():
+        assert serves_depthwise(x, kernels, 16)
 
 
 def test_a_single_small_sample_is_served_in_any_layout():
@@ -185,5 +201,8 @@ def test_the_output_is_laid_out_as_that_of_a_convolution(layout):
 def test_last_guard(size, kernels, window, message):
     with pytest.raises(RuntimeError, match=message):
         torch.ops.dcnzoo.depthwise(draw(*size), draw(*kernels), *window)
+    planes = draw(*size).movedim(-1, 1)
+    with pytest.raises(RuntimeError, match=message.replace('N, H, W, C', 'N, C, H, W')):
+        torch.ops.dcnzoo.depthwise_planes(planes, draw(*kernels), *window)
     with pytest.raises(RuntimeError):
         torch.ops.dcnzoo.depthwise_backward(draw(*size), draw(*size), draw(*kernels), *window)
