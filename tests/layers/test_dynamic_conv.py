@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from dcnzoo.layers import CondConv2d, DynamicConv2d
 from dcnzoo.layers.dynamic_conv import GatedConv2d
 from dcnzoo.ops import _dynamic_conv, available_backends, use_backend
+from dcnzoo.ops._mixed_conv import samples_at_once
 
 
 def images(batch: int = 2, channels: int = 6, size: tuple[int, int] = (9, 8)) -> torch.Tensor:
@@ -98,12 +99,21 @@ def test_inference_on_several_samples(layout, channels, size, mixings):
         expected = layer(x)
     assert out.is_contiguous(memory_format=layout)
     assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    at_once = size != (300, 300) or layout is torch.channels_last
-    assert mixings.count == at_once
+    assert mixings.count == 1
     with torch.no_grad():
         large = DynamicConv2d(channels, 2**14 // channels + 1, 1)
         large(x[:, :, :2, :2])
-    assert mixings.count == at_once
+    assert mixings.count == 1
+
+
+def test_samples_convolved_in_parts_are_mixed_in_parts(mixings):
+    layer, x = DynamicConv2d(24, 48, 3), images(3, 24, (300, 300)).float()
+    assert samples_at_once(x, layer.cond_conv.weight, [3, 3], [1, 1], [1, 1], 1) < 3
+    with torch.no_grad():
+        out = layer(x)
+    assert mixings.count == 0
+    with torch.no_grad(), use_backend('reference'):
+        assert_close(out, layer(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture
