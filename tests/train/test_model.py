@@ -102,35 +102,27 @@ def test_frozen_parts():
         trained_names(freeze=['*'])
 
 
+def train_on(photos, trained, output, train, **changes):
+    """Goes on with a run's weights for an epoch; returns all their names, and those of the weights that changed."""
+    model = {'model__name': f'local-dir:{trained / "best"}', 'model__pretrained': 'true'}
+    assert train(settings(photos, output, schedule__epochs=1, **model, **changes))[0] == 0
+    before, after = (load_file(folder / 'model.safetensors') for folder in (trained / 'best', output / 'last'))
+    return before.keys(), {key for key in before if not torch.equal(before[key], after[key])}
+
+
 def test_the_head_alone_is_trained(photos, trained, tmp_path, train):
     """All else, the statistics of the batch norm too, stays bit for bit."""
-    arguments = settings(
-        photos, tmp_path / 'run', model__name=f'local-dir:{trained / "best"}', model__pretrained='true',
-        model__head_only='true', schedule__epochs=1,
-    )  # fmt: skip
-    assert train(arguments)[0] == 0
-    before, after = (
-        load_file(folder / 'model.safetensors') for folder in (trained / 'best', tmp_path / 'run' / 'last')
-    )
-    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    _, changed = train_on(photos, trained, tmp_path / 'run', train, model__head_only='true')
     assert changed == {'head.fc.weight', 'head.fc.bias'}
 
 
 def test_batch_norms_stay_as_they_are(photos, trained, tmp_path, train):
     """Weights and statistics, bit for bit, while all else learns."""
-    arguments = settings(
-        photos, tmp_path / 'run', model__name=f'local-dir:{trained / "best"}', model__pretrained='true',
-        model__freeze_bn='true', schedule__epochs=1,
-    )  # fmt: skip
-    assert train(arguments)[0] == 0
-    before, after = (
-        load_file(folder / 'model.safetensors') for folder in (trained / 'best', tmp_path / 'run' / 'last')
-    )
-    norms = {key.rpartition('.')[0] for key in before if key.endswith('running_mean')}
-    kept = {key for key in before if key.rpartition('.')[0] in norms}
-    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    names, changed = train_on(photos, trained, tmp_path / 'run', train, model__freeze_bn='true')
+    norms = {name.rpartition('.')[0] for name in names if name.endswith('running_mean')}
+    kept = {name for name in names if name.rpartition('.')[0] in norms}
     assert len(kept) == 5 * len(norms) > 0
-    assert changed == before.keys() - kept
+    assert changed == names - kept
 
 
 @pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
